@@ -1,0 +1,106 @@
+#!/bin/bash
+# Builds the programs the tests need beside our own, through the Go module proxy, into $MICROVM_CACHE/tools/bin.
+# usage: hack/tools/build.sh [containerd|runc|cri-tools|cni|crane|all]...      (default: containerd runc)
+# A program that is there in the version named below is left alone. CNI plugins go to tools/bin/cni.
+set -euo pipefail
+# shellcheck source=lib.sh
+. "$(dirname "$0")/lib.sh"
+
+CONTAINERD=v2.4.2
+RUNC=v1.5.2
+CRI_TOOLS=v1.36.0
+CNI=v1.9.1
+CRANE=v0.22.1
+
+TOOLS=$MICROVM_CACHE/tools
+BIN=$TOOLS/bin
+
+# module PATH@VERSION: makes and enters a throw-away module that depends on it.
+module() {
+	mkdir -p "$SCRATCH/module" "$SCRATCH/out"
+	cd "$SCRATCH/module"
+	go mod init microvm.invalid/tools 2>/dev/null
+	go get "$1" 2>"$SCRATCH/get.log" || { cat "$SCRATCH/get.log" >&2; die "go get $1 failed"; }
+}
+
+# compile LDFLAGS TAGS PACKAGE...
+compile() {
+	local ldflags=$1 tags=$2
+	shift 2
+	go build -mod=mod -trimpath -buildvcs=false -tags "$tags" -ldflags "-s -w $ldflags" -o "$SCRATCH/out/" "$@"
+}
+
+build_containerd() {
+	local p=github.com/containerd/containerd/v2
+	module $p@$CONTAINERD
+	CGO_ENABLED=0 compile "-X $p/version.Version=$CONTAINERD -X $p/version.Revision=module-proxy" \
+		"no_btrfs no_zfs urfave_cli_no_docs" $p/cmd/containerd $p/cmd/ctr $p/cmd/containerd-shim-runc-v2
+}
+
+build_runc() {
+	packages gcc libc6-dev libseccomp-dev pkg-config
+	module github.com/opencontainers/runc@$RUNC
+	CGO_ENABLED=1 compile "-extldflags -static" "seccomp netgo osusergo" github.com/opencontainers/runc
+}
+
+build_cri_tools() {
+	local p=sigs.k8s.io/cri-tools
+	module $p@$CRI_TOOLS
+	CGO_ENABLED=0 compile "-X $p/pkg/version.Version=$CRI_TOOLS" "" $p/cmd/crictl
+	# critest is a test binary: its specs are ginkgo's.
+	CGO_ENABLED=0 go test -c -mod=mod -trimpath -ldflags "-s -w" -o "$SCRATCH/out/critest" $p/cmd/critest
+}
+
+build_cni() {
+	local p=github.com/containernetworking/plugins/plugins
+	module github.com/containernetworking/plugins@$CNI
+	mkdir -p "$SCRATCH/out/cni"
+	CGO_ENABLED=0 go build -mod=mod -trimpath -buildvcs=false -ldflags "-s -w" -o "$SCRATCH/out/cni/" \
+		$p/main/{bridge,loopback,ptp,macvlan} $p/ipam/{host-local,static} $p/meta/{portmap,firewall,tuning,bandwidth}
+}
+
+build_crane() {
+	module github.com/google/go-containerregistry/cmd/crane@$CRANE
+	CGO_ENABLED=0 compile "" "" github.com/google/go-containerregistry/cmd/crane
+}
+
+# present NAME VERSION PROGRAM...: is this group installed, whole and in this version? The stamp is written last.
+present() {
+	local program stamp=$TOOLS/stamps/$1-$2
+	shift 2
+	for program; do [ -x "$BIN/$program" ] || return 1; done
+	[ -e "$stamp" ]
+}
+
+# tool NAME VERSION PROGRAM...: builds a group unless it is there.
+tool() {
+	local name=$1 version=$2 program start=$SECONDS
+	if ! present "$@"; then lock "$TOOLS/lock"; fi
+	if present "$@"; then
+		say "$name $version is there"
+		return
+	fi
+	shift 2
+	say "building $name $version"
+	rm -rf "$SCRATCH/module" "$SCRATCH/out"
+	(set -e; "build_${name//-/_}")
+	rm -f "$TOOLS/stamps/$name"-*
+	for program; do put "$SCRATCH/out/$program" "$BIN/$program"; done
+	mkdir -p "$TOOLS/stamps"
+	touch "$TOOLS/stamps/$name-$version"
+	say "$name $version built in $((SECONDS - start)) s"
+}
+
+scratch
+[ $# -gt 0 ] || set -- containerd runc
+if [ "$1" = all ]; then set -- containerd runc cri-tools cni crane; fi
+for name; do
+	case $name in
+	containerd) tool containerd $CONTAINERD containerd ctr containerd-shim-runc-v2 ;;
+	runc) tool runc $RUNC runc ;;
+	cri-tools) tool cri-tools $CRI_TOOLS crictl critest ;;
+	cni) tool cni $CNI cni/{bridge,loopback,ptp,macvlan,host-local,static,portmap,firewall,tuning,bandwidth} ;;
+	crane) tool crane $CRANE crane ;;
+	*) die "unknown tool $name" ;;
+	esac
+done
