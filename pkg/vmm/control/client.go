@@ -1,0 +1,418 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options describe a VMM to launch. The files stay the caller's and may be
+// closed when Launch returns.
+type Options struct {
+	// Binary is the path of microvm-vmm.
+	Binary string
+	KVM    *os.File
+	Kernel *os.File
+	Image  *os.File
+	// Shared is an O_PATH descriptor of the directory to share with the guest;
+	// nil for none.
+	Shared *os.File
+	// Disks go with Config.Disks.
+	Disks []*os.File
+	// Console gets the guest's console output.
+	Console *os.File
+	// Log is the VMM's standard error.
+	Log    *os.File
+	Config Config
+	// SysProcAttr for the process; nil for none. Launch sets Pdeathsig.
+	SysProcAttr *syscall.SysProcAttr
+}
+
+// acceptBacklog is how many connections of the guest to one port wait for
+// Accept; further ones are refused, so that a guest cannot fill the shim's
+// descriptor table.
+const acceptBacklog = 16
+
+// VMM is a running microvm-vmm process. All methods may be called
+// concurrently.
+type VMM struct {
+	conn    *conn
+	process *os.Process
+	accept  map[uint32]chan *net.UnixConn
+
+	mu      sync.Mutex
+	nextID  uint64
+	pending map[uint64]chan reply // nil when the socket is gone
+	phases  []Phase
+	exit    *Exit // as told by the VMM
+
+	done chan struct{} // closed when the process has been reaped
+	end  Exit          // valid after done
+}
+
+type reply struct {
+	message
+	files []*os.File
+}
+
+// Launch starts a VMM and boots its machine: when it returns without error the
+// vCPUs run. On error nothing is left running.
+func Launch(ctx context.Context, o Options) (*VMM, error) {
+	if len(o.Disks) != len(o.Config.Disks) {
+		return nil, fmt.Errorf("%d disks configured, %d files", len(o.Config.Disks), len(o.Disks))
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "control")
+	c, err := newConn(os.NewFile(uintptr(fds[0]), "control"))
+	if err != nil {
+		theirs.Close()
+		return nil, err
+	}
+
+	v := &VMM{
+		conn:    c,
+		accept:  make(map[uint32]chan *net.UnixConn),
+		pending: make(map[uint64]chan reply),
+		done:    make(chan struct{}),
+	}
+	for _, port := range o.Config.ListenPorts {
+		v.accept[port] = make(chan *net.UnixConn, acceptBacklog)
+	}
+	err = v.start(o, theirs)
+	theirs.Close() // else its end would never be seen
+	if err != nil {
+		c.unix.Close()
+		return nil, err
+	}
+
+	roles := []string{FileKVM, FileKernel, FileImage, FileConsole}
+	files := []*os.File{o.KVM, o.Kernel, o.Image, o.Console}
+	if o.Shared != nil {
+		roles, files = append(roles, FileShared), append(files, o.Shared)
+	}
+	for i, disk := range o.Disks {
+		roles, files = append(roles, FileDisk(i)), append(files, disk)
+	}
+	if _, err := v.call(ctx, methodBoot, bootBody{Config: o.Config, Files: roles}, files...); err != nil {
+		v.Kill()
+		<-v.done
+		return nil, fmt.Errorf("boot: %w", err)
+	}
+	return v, nil
+}
+
+// start runs the process. One goroutine starts and reaps it and stays on its
+// thread meanwhile, because PR_SET_PDEATHSIG fires when the parent's thread
+// ends, not only its process.
+func (v *VMM) start(o Options, socket *os.File) error {
+	cmd := exec.Command(o.Binary)
+	cmd.Env = []string{} // the VMM takes no setting from the environment
+	cmd.ExtraFiles = []*os.File{socket}
+	if o.Log != nil { // a nil *os.File would be a non-nil io.Writer
+		cmd.Stderr = o.Log
+	}
+	attr := syscall.SysProcAttr{}
+	if o.SysProcAttr != nil {
+		attr = *o.SysProcAttr
+	}
+	attr.Pdeathsig = syscall.SIGKILL
+	cmd.SysProcAttr = &attr
+
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		v.process = cmd.Process
+		started <- err
+		if err != nil {
+			return
+		}
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			v.readLoop()
+			// It said what it had to say, or it broke the protocol: a VMM that
+			// does not listen any more must not run on.
+			v.Kill()
+		}()
+		err = cmd.Wait()
+		<-read // the process is gone, so this ends: its last words count
+		v.finish(err)
+	}()
+	if err := <-started; err != nil {
+		return fmt.Errorf("start %s: %w", o.Binary, err)
+	}
+	return nil
+}
+
+func (v *VMM) finish(waitErr error) {
+	v.mu.Lock()
+	told := v.exit
+	v.mu.Unlock()
+	var exited *exec.ExitError
+	switch {
+	case told != nil:
+		v.end = *told
+	case errors.As(waitErr, &exited):
+		if status, ok := exited.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+			v.end = Exit{Reason: ReasonKilled, Detail: status.Signal().String()}
+			break
+		}
+		v.end = Exit{Reason: ReasonError, Detail: fmt.Sprintf("the VMM ended with %s; its log says why", exited)}
+	case waitErr != nil:
+		v.end = Exit{Reason: ReasonError, Detail: waitErr.Error()}
+	default:
+		v.end = Exit{Reason: ReasonError, Detail: "the VMM ended without saying why"}
+	}
+	v.conn.unix.Close()
+	for _, ch := range v.accept {
+		for len(ch) > 0 {
+			(<-ch).Close()
+		}
+	}
+	close(v.done)
+}
+
+// readLoop sorts what the VMM sends until the socket ends. The VMM holds a
+// hostile guest: whatever it sends, this neither blocks nor grows.
+func (v *VMM) readLoop() {
+	buf, oob := scratch()
+	for {
+		m, files, err := v.conn.receive(buf, oob)
+		if err != nil {
+			break
+		}
+		if !v.dispatch(m, files) {
+			closeAll(files)
+		}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, ch := range v.pending {
+		close(ch)
+	}
+	v.pending = nil
+}
+
+// maxPhases bounds what is kept of phase messages.
+const maxPhases = 32
+
+// dispatch says whether the files found an owner.
+func (v *VMM) dispatch(m message, files []*os.File) bool {
+	if m.Method == noteAccepted {
+		return len(files) == 1 && v.accepted(m, files[0])
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch m.Method {
+	case "": // a reply
+		ch, ok := v.pending[m.ID]
+		if !ok {
+			return false
+		}
+		delete(v.pending, m.ID)
+		ch <- reply{message: m, files: files} // has room for one
+		return true
+	case notePhase:
+		var p Phase
+		if json.Unmarshal(m.Body, &p) == nil && len(v.phases) < maxPhases {
+			v.phases = append(v.phases, p)
+		}
+	case noteExit:
+		var e Exit
+		if json.Unmarshal(m.Body, &e) == nil {
+			v.exit = &e
+		}
+	}
+	return false
+}
+
+func (v *VMM) accepted(m message, file *os.File) bool {
+	var body portBody
+	if json.Unmarshal(m.Body, &body) != nil {
+		return false
+	}
+	ch, ok := v.accept[body.Port]
+	if !ok {
+		return false
+	}
+	c, err := streamConn(file)
+	if err != nil {
+		return true // streamConn has closed it
+	}
+	select {
+	case ch <- c:
+	default:
+		c.Close()
+	}
+	return true
+}
+
+// streamConn takes over file.
+func streamConn(file *os.File) (*net.UnixConn, error) {
+	c, err := net.FileConn(file)
+	file.Close()
+	if err != nil {
+		return nil, fmt.Errorf("vsock connection: %w", err)
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("vsock connection is not a unix socket")
+	}
+	return u, nil
+}
+
+func (v *VMM) call(ctx context.Context, method string, body any, files ...*os.File) (reply, error) {
+	ch := make(chan reply, 1)
+	v.mu.Lock()
+	if v.pending == nil {
+		v.mu.Unlock()
+		return reply{}, v.gone(ctx)
+	}
+	v.nextID++
+	id := v.nextID
+	v.pending[id] = ch
+	v.mu.Unlock()
+
+	if err := v.conn.send(message{ID: id, Method: method}, body, files...); err != nil {
+		if errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) {
+			return reply{}, v.gone(ctx)
+		}
+		v.abandon(id, ch)
+		return reply{}, err
+	}
+	select {
+	case r, ok := <-ch:
+		if !ok {
+			return reply{}, v.gone(ctx)
+		}
+		if r.Error != "" {
+			closeAll(r.files)
+			return reply{}, errors.New(r.Error)
+		}
+		return r, nil
+	case <-ctx.Done():
+		v.abandon(id, ch)
+		return reply{}, fmt.Errorf("VMM request %s: %w", method, context.Cause(ctx))
+	}
+}
+
+// abandon forgets a request whose reply may still come.
+func (v *VMM) abandon(id uint64, ch chan reply) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	delete(v.pending, id)
+	select {
+	case r := <-ch:
+		closeAll(r.files)
+	default:
+	}
+}
+
+// gone says why the socket ended: the process is ending or has ended.
+func (v *VMM) gone(ctx context.Context) error {
+	select {
+	case <-v.done:
+		return fmt.Errorf("the VMM has ended (%s)", v.end)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Dial connects to a vsock port of the guest.
+func (v *VMM) Dial(ctx context.Context, port uint32) (*net.UnixConn, error) {
+	r, err := v.call(ctx, methodDial, portBody{Port: port})
+	if err != nil {
+		return nil, fmt.Errorf("dial guest port %d: %w", port, err)
+	}
+	if len(r.files) != 1 {
+		closeAll(r.files)
+		return nil, fmt.Errorf("dial guest port %d: the VMM sent %d files", port, len(r.files))
+	}
+	return streamConn(r.files[0])
+}
+
+// Accept returns the next connection that the guest opened to a host port, one
+// of Config.ListenPorts.
+func (v *VMM) Accept(ctx context.Context, port uint32) (*net.UnixConn, error) {
+	ch, ok := v.accept[port]
+	if !ok {
+		return nil, fmt.Errorf("host port %d is not listened on", port)
+	}
+	select {
+	case c := <-ch:
+		return c, nil
+	case <-v.done:
+		return nil, v.gone(ctx)
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// Pause stops the vCPUs; Resume lets them go on.
+func (v *VMM) Pause(ctx context.Context) error {
+	_, err := v.call(ctx, methodPause, nil)
+	return err
+}
+
+// Resume undoes Pause.
+func (v *VMM) Resume(ctx context.Context) error {
+	_, err := v.call(ctx, methodResume, nil)
+	return err
+}
+
+// Stats asks the VMM for its counters.
+func (v *VMM) Stats(ctx context.Context) (Stats, error) {
+	r, err := v.call(ctx, methodStats, nil)
+	if err != nil {
+		return Stats{}, err
+	}
+	closeAll(r.files)
+	var s Stats
+	if err := json.Unmarshal(r.Body, &s); err != nil {
+		return Stats{}, fmt.Errorf("VMM stats: %w", err)
+	}
+	return s, nil
+}
+
+// Phases are the steps of the start that the VMM has told of.
+func (v *VMM) Phases() []Phase {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return slices.Clone(v.phases)
+}
+
+// Pid is the VMM's process id in the caller's pid namespace.
+func (v *VMM) Pid() int { return v.process.Pid }
+
+// Kill ends the VMM with SIGKILL. It is no error when it has ended.
+func (v *VMM) Kill() error {
+	if err := v.process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill VMM: %w", err)
+	}
+	return nil
+}
+
+// Done is closed when the process has ended and was reaped.
+func (v *VMM) Done() <-chan struct{} { return v.done }
+
+// Exit says how the machine ended. It blocks until Done.
+func (v *VMM) Exit() Exit {
+	<-v.done
+	return v.end
+}

@@ -1,0 +1,340 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The VMM of these tests is the test binary itself: vmmBinary makes a script
+// that starts it with the name of one of these in the environment.
+var vmms = map[string]func(*Server){
+	"serve":          vmmServe,
+	"boot-fails":     func(s *Server) { s.ReplyBoot(vmmBoot(s), errors.New("no memory for the guest")) },
+	"dies-at-boot":   func(s *Server) { vmmBoot(s); os.Exit(7) },
+	"powers-off":     func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); s.Exited(Exit{Reason: ReasonPowerOff}) },
+	"hangs-up":       func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); s.conn.unix.Close(); time.Sleep(time.Hour) },
+	"talks-nonsense": vmmNonsense,
+}
+
+const vmmEnv = "MICROVM_CONTROL_TEST_VMM"
+
+func TestMain(m *testing.M) {
+	if name := os.Getenv(vmmEnv); name != "" {
+		s, err := NewServer(os.NewFile(3, "control"))
+		if err != nil {
+			panic(err)
+		}
+		vmms[name](s)
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func vmmBoot(s *Server) *BootRequest {
+	r, err := s.Boot()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(3)
+	}
+	return r
+}
+
+// vmmServe echoes what is sent to a dialled port, and connects to host port
+// 1024 as the agent does.
+func vmmServe(s *Server) {
+	r := vmmBoot(s)
+	s.Phase("vcpus-running")
+	s.ReplyBoot(r, nil)
+	ours, theirs, err := Socketpair()
+	if err != nil {
+		panic(err)
+	}
+	s.Accepted(1024, theirs)
+	theirs.Close()
+	kernel, _ := io.ReadAll(r.Files[FileKernel])
+	fmt.Fprintf(ours, "%d cpus, kernel %s", r.Config.VCPUs, kernel)
+	ours.Close()
+	paused := false
+	err = s.Serve(Handler{
+		Dial: func(_ context.Context, port uint32) (*os.File, error) {
+			if port != 1025 {
+				return nil, errors.New("connection refused")
+			}
+			a, b, err := Socketpair()
+			if err != nil {
+				return nil, err
+			}
+			go func() { io.Copy(a, a); a.Close() }()
+			return b, nil
+		},
+		Pause: func() error {
+			if paused {
+				return errors.New("paused already")
+			}
+			paused = true
+			return nil
+		},
+		Resume: func() error { paused = false; return nil },
+		Stats:  func() Stats { return Stats{Exits: map[string]uint64{"io": 7}} },
+	})
+	if err != nil {
+		panic(err)
+	}
+}
+
+func vmmNonsense(s *Server) {
+	r := vmmBoot(s)
+	for range 100 {
+		s.Phase("again")
+		a, b, err := Socketpair()
+		if err != nil {
+			panic(err)
+		}
+		s.Accepted(1024, b) // nobody accepts
+		s.Accepted(9, b)    // nobody listens
+		s.conn.send(message{Method: "accepted", Body: json.RawMessage(`"x"`)}, nil, b)
+		s.conn.send(message{ID: 1 << 40}, nil, a, b)
+		s.conn.send(message{Method: "surprise"}, map[string]int{"a": 1}, a)
+		a.Close()
+		b.Close()
+	}
+	s.ReplyBoot(r, nil)
+	s.ReplyBoot(r, nil)
+	s.conn.unix.Write([]byte("{not json"))
+	time.Sleep(time.Hour)
+}
+
+func vmmBinary(t *testing.T, name string) string {
+	t.Helper()
+	script := filepath.Join(t.TempDir(), "vmm")
+	text := fmt.Sprintf("#!/bin/sh\nexec /usr/bin/env %s=%s '%s'\n", vmmEnv, name, os.Args[0])
+	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return script
+}
+
+func tempFile(t *testing.T, content string) *os.File {
+	t.Helper()
+	f, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if _, err := f.WriteString(content); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+func launch(t *testing.T, name string) (*VMM, error) {
+	t.Helper()
+	v, err := Launch(t.Context(), Options{
+		Binary:  vmmBinary(t, name),
+		KVM:     tempFile(t, "kvm"),
+		Kernel:  tempFile(t, "vmlinux"),
+		Image:   tempFile(t, "image"),
+		Console: tempFile(t, ""),
+		Log:     os.Stderr,
+		Config:  Config{VCPUs: 2, MemoryBytes: 1 << 28, ListenPorts: []uint32{1024}},
+	})
+	if err == nil {
+		t.Cleanup(func() { v.Kill(); <-v.Done() })
+	}
+	return v, err
+}
+
+func TestLifeOfAVMM(t *testing.T) {
+	v, err := launch(t, "serve")
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent, err := v.Accept(t.Context(), 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(agent)
+	if err != nil || string(got) != "2 cpus, kernel vmlinux" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	agent.Close()
+
+	stream, err := v.Dial(t.Context(), 1025)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(stream, "hello")
+	if err := stream.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(stream); err != nil || string(got) != "hello" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	stream.Close()
+
+	if _, err := v.Dial(t.Context(), 7); err == nil || !strings.Contains(err.Error(), "refused") {
+		t.Errorf("Dial of a closed port: %v", err)
+	}
+	if _, err := v.Accept(t.Context(), 7); err == nil {
+		t.Error("Accept on a port that is not listened on succeeded")
+	}
+	if err := v.Pause(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := v.Pause(t.Context()); err == nil || err.Error() != "paused already" {
+		t.Errorf("second Pause: %v", err)
+	}
+	if err := v.Resume(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if s, err := v.Stats(t.Context()); err != nil || s.Exits["io"] != 7 {
+		t.Errorf("Stats: %v, %v", s, err)
+	}
+	if p := v.Phases(); len(p) != 1 || p[0].Name != "vcpus-running" || p[0].Monotonic <= 0 {
+		t.Errorf("Phases: %v", p)
+	}
+	if err := v.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if e := v.Exit(); e.Reason != ReasonKilled {
+		t.Errorf("Exit: %v", e)
+	}
+	if _, err := v.Dial(t.Context(), 1025); err == nil || !strings.Contains(err.Error(), "ended") {
+		t.Errorf("Dial after the end: %v", err)
+	}
+	if _, err := v.Accept(t.Context(), 1024); err == nil {
+		t.Error("Accept after the end succeeded")
+	}
+	if err := v.Kill(); err != nil {
+		t.Errorf("second Kill: %v", err)
+	}
+}
+
+func TestHowAVMMEnds(t *testing.T) {
+	for _, tc := range []struct {
+		vmm     string
+		bootErr string // in the error of Launch
+		reason  string
+	}{
+		{vmm: "boot-fails", bootErr: "no memory for the guest"},
+		{vmm: "dies-at-boot", bootErr: "exit status 7"},
+		{vmm: "powers-off", reason: ReasonPowerOff},
+		{vmm: "hangs-up", reason: ReasonKilled},
+		{vmm: "talks-nonsense", reason: ReasonKilled},
+	} {
+		t.Run(tc.vmm, func(t *testing.T) {
+			v, err := launch(t, tc.vmm)
+			if tc.bootErr != "" {
+				if err == nil || !strings.Contains(err.Error(), tc.bootErr) {
+					t.Fatalf("Launch: %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e := v.Exit(); e.Reason != tc.reason {
+				t.Errorf("Exit: %v, want %s", e, tc.reason)
+			}
+			if n := len(v.Phases()); n > maxPhases {
+				t.Errorf("%d phases kept", n)
+			}
+		})
+	}
+}
+
+func TestLaunchWithoutBinary(t *testing.T) {
+	f := tempFile(t, "")
+	_, err := Launch(t.Context(), Options{Binary: "/nonexistent/microvm-vmm", KVM: f, Kernel: f, Image: f, Console: f})
+	if !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("Launch: %v", err)
+	}
+}
+
+func TestBadBootRequests(t *testing.T) {
+	boot := func(body string) message { return message{Method: methodBoot, Body: json.RawMessage(body)} }
+	for name, tc := range map[string]struct {
+		m     message
+		files int
+	}{
+		"another method":  {message{Method: methodDial, Body: json.RawMessage(`{"port":1}`)}, 0},
+		"no body":         {message{Method: methodBoot}, 0},
+		"wrong type":      {boot(`{"files":"kvm"}`), 0},
+		"fewer files":     {boot(`{"files":["kvm","kernel","image","console"]}`), 3},
+		"more files":      {boot(`{"files":["kvm","kernel","image","console"]}`), 5},
+		"file twice":      {boot(`{"files":["kvm","kernel","image","console","kvm"]}`), 5},
+		"console missing": {boot(`{"files":["kvm","kernel","image","shared"]}`), 4},
+	} {
+		var files []*os.File
+		for range tc.files {
+			files = append(files, tempFile(t, ""))
+		}
+		if _, err := parseBoot(tc.m, files); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// FuzzReceive sends arbitrary packets to both ends' parsers.
+func FuzzReceive(f *testing.F) {
+	f.Add([]byte(`{"method":"boot","body":{"config":{"vcpus":1},"files":["kvm","kernel","image","console"]}}`), uint8(4))
+	f.Add([]byte(`{"id":1,"error":"x"}`), uint8(1))
+	f.Add([]byte(`{"method":"accepted","body":{"port":1024}}`), uint8(1))
+	f.Add([]byte(`{"method":"exit","body":{"reason":"panic"}}`), uint8(0))
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		f.Fatal(err)
+	}
+	buf, oob := scratch()
+	f.Fuzz(func(t *testing.T, packet []byte, n uint8) {
+		if len(packet) == 0 || len(packet) > maxMessage {
+			return
+		}
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := newConn(os.NewFile(uintptr(fds[0]), ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer a.unix.Close()
+		b, err := newConn(os.NewFile(uintptr(fds[1]), ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.unix.Close()
+		var rights []byte
+		for range n % 8 {
+			rights = append(rights, unix.UnixRights(int(null.Fd()))...)
+		}
+		if _, _, err := a.unix.WriteMsgUnix(packet, rights, nil); err != nil {
+			return // several control messages at once: the kernel's to refuse
+		}
+		m, files, err := b.receive(buf, oob)
+		if err != nil {
+			return
+		}
+		parseBoot(m, files)
+		v := &VMM{
+			accept:  map[uint32]chan *net.UnixConn{1024: make(chan *net.UnixConn, 1)},
+			pending: map[uint64]chan reply{1: make(chan reply, 1)},
+		}
+		v.dispatch(m, files)
+		closeAll(files)
+	})
+}

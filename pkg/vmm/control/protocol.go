@@ -1,0 +1,276 @@
+// Package control is the socket between the shim and the VMM it started: a
+// SOCK_SEQPACKET pair that carries one JSON message a packet, and descriptors
+// beside it (SCM_RIGHTS). Client is the shim's end, Server the VMM's.
+//
+// The VMM opens nothing by name: kernel, images, disks and the shared
+// directory arrive as descriptors with the boot request, and a vsock
+// connection leaves as the end of a socketpair.
+package control
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Methods of requests (shim to VMM), each answered by a reply with its id.
+const (
+	methodBoot   = "boot"
+	methodDial   = "dial"
+	methodPause  = "pause"
+	methodResume = "resume"
+	methodStats  = "stats"
+)
+
+// Notifications (VMM to shim), not answered.
+const (
+	notePhase    = "phase"
+	noteAccepted = "accepted"
+	noteExit     = "exit"
+)
+
+// Roles of the descriptors that come with the boot request.
+const (
+	FileKVM     = "kvm"     // /dev/kvm
+	FileKernel  = "kernel"  // vmlinux
+	FileImage   = "image"   // the guest's root file system
+	FileConsole = "console" // where the guest's console goes
+	FileShared  = "shared"  // O_PATH: root of the file share
+)
+
+// FileDisk is the role of the n-th of Config.Disks.
+func FileDisk(n int) string { return fmt.Sprintf("disk%d", n) }
+
+const (
+	// maxMessage bounds a packet. The largest is the boot request.
+	maxMessage = 64 << 10
+	// maxFiles is the kernel's SCM_MAX_FD.
+	maxFiles = 253
+)
+
+// Config describes the machine that a boot request asks for.
+type Config struct {
+	VCPUs       int    `json:"vcpus"`
+	MemoryBytes uint64 `json:"memory_bytes"`
+	// CommandLine is added to the kernel parameters that the VMM itself needs.
+	CommandLine string `json:"command_line,omitempty"`
+	// SharedTag names the virtio-fs device over the FileShared descriptor;
+	// empty when there is none.
+	SharedTag string `json:"shared_tag,omitempty"`
+	Disks     []Disk `json:"disks,omitempty"`
+	// ListenPorts are the host vsock ports that the guest may connect to.
+	ListenPorts []uint32 `json:"listen_ports,omitempty"`
+	// DebugConsole turns the serial port on and sends early kernel messages to
+	// it; it ends where the console ends.
+	DebugConsole bool `json:"debug_console,omitempty"`
+}
+
+// Disk is a virtio-blk device over a FileDisk descriptor.
+type Disk struct {
+	ReadOnly bool `json:"read_only,omitempty"`
+	// Serial is what the guest reads as the device's id, at most 20 bytes.
+	Serial string `json:"serial,omitempty"`
+}
+
+// Reasons of an Exit.
+const (
+	ReasonPowerOff    = "poweroff"     // the guest powered itself off
+	ReasonReset       = "reset"        // the guest asked for a reset
+	ReasonPanic       = "panic"        // the guest's kernel panicked
+	ReasonTripleFault = "triple-fault" // a vCPU shut down
+	ReasonStopped     = "stopped"      // the shim's end of the socket was closed
+	ReasonError       = "error"        // the VMM or KVM failed
+	ReasonKilled      = "killed"       // the VMM process was killed by a signal
+)
+
+// Exit says how a machine ended.
+type Exit struct {
+	Reason string `json:"reason"`
+	// Detail is for people; it may hold bytes of the guest's choosing.
+	Detail string `json:"detail,omitempty"`
+}
+
+func (e Exit) String() string {
+	if e.Detail == "" {
+		return e.Reason
+	}
+	return e.Reason + ": " + e.Detail
+}
+
+// Stats are counters of a running machine.
+type Stats struct {
+	// Exits counts returns from KVM_RUN by reason, over all vCPUs.
+	Exits map[string]uint64 `json:"exits"`
+}
+
+// Phase is a step of a machine's start.
+type Phase struct {
+	Name string `json:"name"`
+	// Monotonic is CLOCK_MONOTONIC in nanoseconds, so that it can be compared
+	// with another process's.
+	Monotonic int64 `json:"monotonic"`
+}
+
+type message struct {
+	ID     uint64          `json:"id,omitempty"`
+	Method string          `json:"method,omitempty"`
+	Error  string          `json:"error,omitempty"`
+	Body   json.RawMessage `json:"body,omitempty"`
+}
+
+type bootBody struct {
+	Config Config `json:"config"`
+	// Files are the roles of the descriptors that came along, in order.
+	Files []string `json:"files"`
+}
+
+type portBody struct {
+	Port uint32 `json:"port"`
+}
+
+// conn sends and receives messages with descriptors. send may be called
+// concurrently, receive by one goroutine.
+type conn struct {
+	unix *net.UnixConn
+	mu   sync.Mutex // serialises writes
+}
+
+// newConn takes over fd, one end of a SOCK_SEQPACKET pair.
+func newConn(file *os.File) (*conn, error) {
+	c, err := net.FileConn(file) // duplicates the descriptor
+	file.Close()
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, errors.New("control socket is not a unix socket")
+	}
+	return &conn{unix: u}, nil
+}
+
+// send writes one packet. The files stay the caller's.
+func (c *conn) send(m message, body any, files ...*os.File) error {
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return fmt.Errorf("control message %s: %w", m.Method, err)
+		}
+		m.Body = b
+	}
+	packet, err := json.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("control message %s: %w", m.Method, err)
+	}
+	if len(packet) > maxMessage || len(files) > maxFiles {
+		return fmt.Errorf("control message %s is too large: %d bytes, %d files", m.Method, len(packet), len(files))
+	}
+	var oob []byte
+	if len(files) > 0 {
+		fds := make([]int, len(files))
+		for i, f := range files {
+			// SyscallConn, not Fd: Fd would make the file blocking.
+			raw, err := f.SyscallConn()
+			if err != nil {
+				return fmt.Errorf("control message %s: %w", m.Method, err)
+			}
+			if err := raw.Control(func(fd uintptr) { fds[i] = int(fd) }); err != nil {
+				return fmt.Errorf("control message %s: %w", m.Method, err)
+			}
+		}
+		oob = unix.UnixRights(fds...)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, _, err := c.unix.WriteMsgUnix(packet, oob, nil); err != nil {
+		return fmt.Errorf("control message %s: %w", m.Method, err)
+	}
+	return nil
+}
+
+// receive reads one packet; the caller owns the files. buf and oob are scratch
+// space of at least maxMessage+1 and rightsSpace bytes. io.EOF when the peer is
+// gone.
+func (c *conn) receive(buf, oob []byte) (message, []*os.File, error) {
+	n, oobn, flags, _, err := c.unix.ReadMsgUnix(buf, oob)
+	if err == nil && n == 0 && oobn == 0 {
+		err = io.EOF
+	}
+	if err != nil {
+		return message{}, nil, err
+	}
+	files, err := parseRights(oob[:oobn])
+	if err != nil {
+		return message{}, nil, err
+	}
+	if flags&(syscall.MSG_TRUNC|syscall.MSG_CTRUNC) != 0 || n > maxMessage {
+		closeAll(files)
+		return message{}, nil, errors.New("control message was truncated")
+	}
+	var m message
+	if err := json.Unmarshal(buf[:n], &m); err != nil {
+		closeAll(files)
+		return message{}, nil, fmt.Errorf("control message: %w", err)
+	}
+	return m, files, nil
+}
+
+// scratch is what receive needs.
+func scratch() (buf, oob []byte) {
+	return make([]byte, maxMessage+1), make([]byte, unix.CmsgSpace(maxFiles*4))
+}
+
+func parseRights(oob []byte) ([]*os.File, error) {
+	if len(oob) == 0 {
+		return nil, nil
+	}
+	cmsgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, fmt.Errorf("control message descriptors: %w", err)
+	}
+	var files []*os.File
+	for _, cmsg := range cmsgs {
+		fds, err := unix.ParseUnixRights(&cmsg)
+		if err != nil {
+			closeAll(files)
+			return nil, fmt.Errorf("control message descriptors: %w", err)
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			files = append(files, os.NewFile(uintptr(fd), "passed"))
+		}
+	}
+	return files, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
+// Socketpair makes a connected pair of stream sockets, close-on-exec and
+// non-blocking, for one vsock connection: a for the VMM, b for the shim.
+func Socketpair() (a, b *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("socketpair: %w", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "vsock"), os.NewFile(uintptr(fds[1]), "vsock"), nil
+}
+
+func monotonic() int64 {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		return 0 // cannot fail for this clock on Linux
+	}
+	return ts.Nano()
+}

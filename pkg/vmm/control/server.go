@@ -1,0 +1,167 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+)
+
+// Server is the VMM's end of the control socket. Its methods may be called
+// concurrently, but for Boot and Serve, which read from it: first Boot, then
+// Serve.
+type Server struct {
+	conn *conn
+}
+
+// NewServer takes over the descriptor that the shim left open for the VMM.
+func NewServer(socket *os.File) (*Server, error) {
+	c, err := newConn(socket)
+	if err != nil {
+		return nil, err
+	}
+	return &Server{conn: c}, nil
+}
+
+// BootRequest is the first message on the socket.
+type BootRequest struct {
+	Config Config
+	// Files are the descriptors by role. The receiver owns them.
+	Files map[string]*os.File
+
+	id uint64
+}
+
+// Boot waits for the boot request. ReplyBoot answers it.
+func (s *Server) Boot() (*BootRequest, error) {
+	buf, oob := scratch()
+	m, files, err := s.conn.receive(buf, oob)
+	if err != nil {
+		return nil, fmt.Errorf("boot request: %w", err)
+	}
+	request, err := parseBoot(m, files)
+	if err != nil {
+		closeAll(files)
+		return nil, fmt.Errorf("boot request: %w", err)
+	}
+	return request, nil
+}
+
+func parseBoot(m message, files []*os.File) (*BootRequest, error) {
+	if m.Method != methodBoot {
+		return nil, fmt.Errorf("the first message is %q", m.Method)
+	}
+	var body bootBody
+	if err := json.Unmarshal(m.Body, &body); err != nil {
+		return nil, err
+	}
+	if len(body.Files) != len(files) {
+		return nil, fmt.Errorf("%d files named, %d received", len(body.Files), len(files))
+	}
+	r := &BootRequest{Config: body.Config, Files: make(map[string]*os.File, len(files)), id: m.ID}
+	for i, role := range body.Files {
+		if r.Files[role] != nil {
+			return nil, fmt.Errorf("file %q is there twice", role)
+		}
+		r.Files[role] = files[i]
+	}
+	for _, role := range []string{FileKVM, FileKernel, FileImage, FileConsole} {
+		if r.Files[role] == nil {
+			return nil, fmt.Errorf("file %q is missing", role)
+		}
+	}
+	return r, nil
+}
+
+// ReplyBoot answers the boot request: nil when the vCPUs run.
+func (s *Server) ReplyBoot(r *BootRequest, err error) error {
+	return s.reply(r.id, nil, err)
+}
+
+// Handler is what the machine does for a request after boot. The functions may
+// be called concurrently.
+type Handler struct {
+	// Dial connects to a guest port and returns the end of the connection to
+	// give away.
+	Dial   func(ctx context.Context, port uint32) (*os.File, error)
+	Pause  func() error
+	Resume func() error
+	Stats  func() Stats
+}
+
+// Serve answers requests until the shim's end is closed (nil) or the socket
+// fails. When it returns, the contexts of requests under way are cancelled.
+func (s *Server) Serve(h Handler) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	buf, oob := scratch()
+	for {
+		m, files, err := s.conn.receive(buf, oob)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		closeAll(files) // no request after boot carries any
+		go s.handle(ctx, h, m)
+	}
+}
+
+func (s *Server) handle(ctx context.Context, h Handler, m message) {
+	var err error
+	switch m.Method {
+	case methodDial:
+		var body portBody
+		if err = json.Unmarshal(m.Body, &body); err != nil {
+			break
+		}
+		var file *os.File
+		if file, err = h.Dial(ctx, body.Port); err == nil {
+			s.reply(m.ID, nil, nil, file)
+			file.Close()
+			return
+		}
+	case methodPause:
+		err = h.Pause()
+	case methodResume:
+		err = h.Resume()
+	case methodStats:
+		s.reply(m.ID, h.Stats(), nil)
+		return
+	default:
+		err = fmt.Errorf("unknown method %q", m.Method)
+	}
+	s.reply(m.ID, nil, err)
+}
+
+// reply's error means that the shim is gone, which Serve sees too.
+func (s *Server) reply(id uint64, body any, err error, files ...*os.File) error {
+	m := message{ID: id}
+	if err != nil {
+		m.Error = err.Error()
+	}
+	return s.conn.send(m, body, files...)
+}
+
+// Phase tells the shim that a step of the start was reached.
+func (s *Server) Phase(name string) error {
+	return s.conn.send(message{Method: notePhase}, Phase{Name: name, Monotonic: monotonic()})
+}
+
+// Accepted hands the shim a connection that the guest opened to a host port.
+// The file stays the caller's.
+func (s *Server) Accepted(port uint32, file *os.File) error {
+	return s.conn.send(message{Method: noteAccepted}, portBody{Port: port}, file)
+}
+
+// Exited tells the shim how the machine ended. It is the last message.
+func (s *Server) Exited(e Exit) error {
+	const longest = 4096 // of a detail, which may be the guest's
+	if len(e.Detail) > longest {
+		e.Detail = e.Detail[:longest]
+	}
+	return s.conn.send(message{Method: noteExit}, e)
+}
