@@ -23,24 +23,33 @@ const (
 type rawQueue struct {
 	*virtiotest.Ring
 	q          *virtio.Queue
+	kick       *eventfd.EventFD
 	interrupts int
 }
 
 func newRawQueue(t testing.TB, m *virtiotest.Memory, size uint16, features uint64) *rawQueue {
 	t.Helper()
 	r := &rawQueue{Ring: virtiotest.NewRing(t, m, size)}
-	kick, err := eventfd.New()
-	if err != nil {
-		t.Fatal(err)
+	r.enable(t, features)
+	return r
+}
+
+// enable makes a new queue of the ring as it is.
+func (r *rawQueue) enable(t testing.TB, features uint64) {
+	t.Helper()
+	var err error
+	if r.kick == nil {
+		if r.kick, err = eventfd.New(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = r.kick.Close() })
 	}
-	t.Cleanup(func() { _ = kick.Close() })
 	c := r.Config(features)
-	c.Kick = kick
+	c.Kick = r.kick
 	c.Interrupt = func() { r.interrupts++ }
 	if r.q, err = virtio.NewQueue(c); err != nil {
 		t.Fatal(err)
 	}
-	return r
 }
 
 func (r *rawQueue) next(t testing.TB) *virtio.Chain {
@@ -325,16 +334,7 @@ func TestAvailableRingAlignedTo2(t *testing.T) {
 		m := virtiotest.NewMemory(t, memStart, memSize)
 		r := &rawQueue{Ring: virtiotest.NewRing(t, m, 4)}
 		r.Avail = m.Alloc(t, 64) + 2
-		kick, err := eventfd.New()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer kick.Close()
-		c := r.Config(features)
-		c.Kick, c.Interrupt = kick, func() { r.interrupts++ }
-		if r.q, err = virtio.NewQueue(c); err != nil {
-			t.Fatal(err)
-		}
+		r.enable(t, features)
 		for i := range uint16(10) {
 			r.SetDesc(i%4, virtiotest.Desc{Addr: memStart, Len: uint32(i) + 1})
 			r.SetUsedEvent(i)
