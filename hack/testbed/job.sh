@@ -1,6 +1,7 @@
+#!/run/testbed/busybox sh
 # Pid 1 of the outer machine on its final root: runs the job, reports how it ended, powers off.
 # Pid 1 must not end and must reap orphans: the shell does both while it waits for the job.
-cd /run/testbed
+cd /run/testbed || exit
 bb=/run/testbed/busybox
 port() { # the device of a named virtio-serial port
 	for f in /sys/class/virtio-ports/*/name; do
@@ -11,15 +12,15 @@ port() { # the device of a named virtio-serial port
 result=$(port result)
 
 # A port's device opens once only, and programs reopen /dev/stderr: so the job writes into pipes and cat feeds the ports.
-$bb mkfifo 1 2
-$bb cat 1 >"$(port stdout)" & out=$!
-$bb cat 2 >"$(port stderr)" & err=$!
-$bb setsid /bin/bash job </dev/null >1 2>2 & job=$!
+$bb mkfifo stdout stderr
+$bb cat stdout >"$(port stdout)" & out=$!
+$bb cat stderr >"$(port stderr)" & err=$!
+$bb setsid /bin/bash job </dev/null >stdout 2>stderr & job=$!
 
 # The time limit is kept in here, where what hangs can be seen; hack/testbed/run has a later one for a machine that froze.
 (
 	$bb sleep "$($bb sed -n 's/.*testbed\.limit=\([^ ]*\).*/\1/p' /proc/cmdline)"
-	{ echo "testbed: no exit code within the limit; processes:"; $bb ps -o pid,ppid,stat,args; } >/dev/console
+	{ echo "testbed: no exit code within the limit; processes:"; $bb ps -o pid,ppid,stat,args | $bb grep -v " \[.*\]$"; } >/dev/console
 	echo w >/proc/sysrq-trigger
 	echo timeout >"$result"
 	$bb poweroff -f
