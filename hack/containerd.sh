@@ -1,0 +1,122 @@
+#!/bin/bash
+# Runs a private containerd whose every file, socket and log is below one state folder.
+# usage: hack/containerd.sh start STATE   start it (also over the state of an earlier one) and wait until it answers
+#        hack/containerd.sh stop STATE    end its containers, shims and itself; keeps images and logs
+#        hack/containerd.sh wipe STATE    stop, and remove STATE
+# Clients use `ctr -a STATE/containerd.sock`. It finds shims in bin/ of this checkout, then in the tools of the cache.
+# STATE/config.toml is the shim's own configuration, through MICROVM_CONFIG; STATE/env may set variables for containerd
+# and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un.
+set -euo pipefail
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH=$top/bin:${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin:$PATH
+die() { echo "hack/containerd.sh: $*" >&2; exit 1; }
+
+[ $# = 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+mkdir -p "$2"
+state=$(cd "$2" && pwd -P)
+[ ${#state} -le 40 ] || die "the state folder's path is longer than 40 characters: $state"
+[[ $state =~ ^[A-Za-z0-9/._-]+$ ]] || die "the state folder's path has unusual characters: $state"
+
+pid() { # of our containerd, if it runs: pids are used again, so its command line must be ours
+	local p
+	p=$(cat "$state/containerd.pid" 2>/dev/null) && grep -qsFz -- "$state/containerd.toml" "/proc/$p/cmdline" && echo "$p"
+}
+ctr() { command ctr -a "$state/containerd.sock" "$@"; }
+
+# gone PID TENTHS: waits for a process to end.
+gone() {
+	local i
+	for ((i = 0; i < $2; i++)); do [ -d "/proc/$1" ] || return 0; sleep 0.1; done
+	return 1
+}
+
+start() {
+	pid >/dev/null && die "already running: pid $(pid)"
+	mkdir -p "$state"/{root,state,shims}
+	# No CRI: it would open a TCP port for streaming. None of the clients here needs it.
+	cat >"$state/containerd.toml" <<-X
+		version = 4
+		root = '$state/root'
+		state = '$state/state'
+		imports = []
+		disabled_plugins = [
+		  'io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime', 'io.containerd.grpc.v1.cri',
+		  'io.containerd.podsandbox.controller.v1.podsandbox', 'io.containerd.nri.v1.nri',
+		  'io.containerd.tracing.processor.v1.otlp', 'io.containerd.internal.v1.tracing',
+		  'io.containerd.snapshotter.v1.devmapper', 'io.containerd.snapshotter.v1.blockfile',
+		]
+		[plugins.'io.containerd.server.v1.grpc']
+		  address = '$state/containerd.sock'
+		[plugins.'io.containerd.server.v1.ttrpc']
+		  address = '$state/containerd.sock.ttrpc'
+		[plugins.'io.containerd.shim.v1.manager']
+		  socket_dir = '$state/shims'
+		[plugins.'io.containerd.internal.v1.opt']
+		  path = '$state/opt'
+	X
+	[ -f "$state/config.toml" ] || cat >"$state/config.toml" <<-X
+		kernel = '$top/bin/vmlinux'
+		image = '$top/bin/guest.erofs'
+		vmm = '$top/bin/microvm-vmm'
+	X
+	(
+		export MICROVM_CONFIG=$state/config.toml
+		if [ -f "$state/env" ]; then
+			set -a
+			# shellcheck source=/dev/null
+			. "$state/env"
+			set +a
+		fi
+		cd /
+		exec setsid containerd --config "$state/containerd.toml" --log-level "${CONTAINERD_LOG_LEVEL:-info}"
+	) </dev/null >>"$state/containerd.log" 2>&1 &
+	local p=$!
+	echo "$p" >"$state/containerd.pid"
+	# The socket file appears shortly before it is served; ctr then waits for the answer.
+	for ((i = 0; i < 600; i++)); do
+		[ -d "/proc/$p" ] || { tail -n 20 "$state/containerd.log" >&2; die "containerd ended at its start"; }
+		[ -S "$state/containerd.sock" ] && ctr version >/dev/null 2>&1 && return
+		sleep 0.1
+	done
+	stop
+	die "containerd did not answer within a minute; its log is $state/containerd.log"
+}
+
+# shims: pids of processes that were given our socket's address. It is in our state folder, so they can be nobody else's.
+# The pattern is no literal because grep's own command line must not match it.
+shims() { grep -lsxz -- "$state/containerd[.]sock" /proc/[0-9]*/cmdline | sed 's,/proc/\([0-9]*\)/.*,\1,'; }
+
+stop() {
+	local p ns id
+	# A containerd that died leaves its containers running, and only containerd can end them properly.
+	if ! pid >/dev/null && [ -n "$(shims)" ]; then start; fi
+	if p=$(pid); then
+		for ns in $(ctr namespaces ls -q 2>/dev/null); do
+			for id in $(ctr -n "$ns" tasks ls -q 2>/dev/null); do
+				ctr -n "$ns" tasks rm -f "$id" >/dev/null 2>&1 || echo "hack/containerd.sh: could not remove task $id" >&2
+			done
+			for id in $(ctr -n "$ns" containers ls -q 2>/dev/null); do
+				ctr -n "$ns" containers rm "$id" >/dev/null 2>&1 || echo "hack/containerd.sh: could not remove container $id" >&2
+			done
+			# runc leaves the namespace's own cgroup; it goes only if nothing is in it.
+			rmdir "/sys/fs/cgroup/$ns" /sys/fs/cgroup/*/"$ns" 2>/dev/null || :
+		done
+		kill "$p"
+		gone "$p" 300 || kill -KILL "$p"
+	fi
+	rm -f "$state/containerd.pid"
+	for p in $(shims); do
+		echo "hack/containerd.sh: ending a process left behind: $(tr '\0' ' ' <"/proc/$p/cmdline")" >&2
+		kill -KILL "$p" 2>/dev/null || :
+		gone "$p" 50 || :
+	done
+	awk -v s="$state/" 'index($5, s) == 1 { print $5 }' /proc/self/mountinfo | sort -r | while read -r m; do umount -l "$m"; done
+	rm -rf "$state"/containerd.sock* "$state/shims" "$state/state"
+}
+
+case $1 in
+start) start ;;
+stop) stop ;;
+wipe) stop; rm -rf "$state" ;;
+*) die "unknown command $1" ;;
+esac
