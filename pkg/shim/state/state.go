@@ -176,6 +176,21 @@ func (d Dir) Load() (Record, error) {
 	return r, nil
 }
 
+// Cgroups are the cgroup directories that sandboxes below root have made.
+func Cgroups(root string) []string {
+	var dirs []string
+	records, err := filepath.Glob(filepath.Join(root, "*", "*"))
+	if err != nil {
+		return nil // the pattern is right unless root is no path of ours
+	}
+	for _, path := range records {
+		if r, err := (Dir{Path: path}).Load(); err == nil {
+			dirs = append(dirs, r.Cgroups...)
+		}
+	}
+	return dirs
+}
+
 // Remove takes the directory away, and its parents if they are empty. It
 // removes nothing but what this package and the shim made: if something were
 // mounted here after all, it has to stay whole.

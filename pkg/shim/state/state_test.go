@@ -146,6 +146,9 @@ func TestRecord(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v", got, err)
 	}
+	if cgroups := Cgroups(filepath.Dir(filepath.Dir(d.Path))); !reflect.DeepEqual(cgroups, want.Cgroups) {
+		t.Errorf("cgroups %v", cgroups)
+	}
 }
 
 // What is not ours is not removed.

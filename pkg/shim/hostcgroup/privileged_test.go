@@ -1,0 +1,57 @@
+//go:build privileged
+
+package hostcgroup
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// The real file systems of the host, whichever version they are.
+func TestEnterAndLeave(t *testing.T) {
+	before, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := "/microvm-test-" + strconv.Itoa(os.Getpid()) + "/c1"
+	g, err := New(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	missing := g.Owned(nil)
+	if len(missing) != 2*len(g.hierarchies) {
+		t.Errorf("missing directories %v in %d hierarchies", missing, len(g.hierarchies))
+	}
+	if err := g.Enter(); err != nil {
+		t.Error(err)
+	}
+	inside, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(inside), ":"+path+"\n"); n != len(g.hierarchies) {
+		t.Errorf("in %d of %d hierarchies:\n%s", n, len(g.hierarchies), inside)
+	}
+	if err := g.Leave(); err != nil {
+		t.Error(err)
+	}
+	after, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(after) != string(before) {
+		t.Errorf("before\n%s\nafter\n%s", before, after)
+	}
+	if err := Remove(missing); err != nil {
+		t.Error(err)
+	}
+	for _, dir := range missing {
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+}
