@@ -1209,8 +1209,9 @@ type Event_OomKill struct {
 
 func (*Event_OomKill) isEvent_Kind() {}
 
-// The kernel's out-of-memory killer ended a process of the container because
-// of the container's own memory limit.
+// The kernel's out-of-memory killer ended processes of the container, because of
+// the container's own memory limit or because the guest was out of memory. One
+// event may stand for several processes.
 type OOMKill struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`

@@ -1,0 +1,306 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runc/libcontainer"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/microvm-runtime/microvm/pkg/agent/guest"
+	"github.com/microvm-runtime/microvm/pkg/agentproto"
+)
+
+// maxSignal is SIGRTMAX.
+const maxSignal = 64
+
+// CreateContainer makes a container whose init waits for StartProcess.
+func (a *Agent) CreateContainer(ctx context.Context, r *agentproto.CreateContainerRequest) (*agentproto.CreateProcessResponse, error) {
+	id := r.GetId()
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	_, exists := a.containers[id]
+	if !exists {
+		a.containers[id] = nil
+	}
+	a.mu.Unlock()
+	if exists {
+		return nil, fmt.Errorf("container %q: %w", id, errdefs.ErrAlreadyExists)
+	}
+
+	c, err := a.createContainer(ctx, r)
+
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err != nil {
+		delete(a.containers, id)
+		return nil, err
+	}
+	a.containers[id] = c
+	return &agentproto.CreateProcessResponse{Pid: uint32(c.init.pid.Load())}, nil
+}
+
+func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContainerRequest) (_ *container, err error) {
+	// On failure all is undone, in the opposite order.
+	var undo []func() error
+	defer func() {
+		if err == nil {
+			return
+		}
+		for i := len(undo) - 1; i >= 0; i-- {
+			if uerr := undo[i](); uerr != nil {
+				a.log.Error("left behind by a container that could not be made", "container", r.GetId(), "error", uerr)
+			}
+		}
+	}()
+
+	spec, sysctls, remarks, err := parseSpec(r.GetSpec(), r.GetId())
+	if err != nil {
+		return nil, err
+	}
+	for _, remark := range remarks {
+		a.log.Warn(remark, "container", r.GetId())
+	}
+	io, err := openStdio(ctx, a.streams, r.GetStreams(), spec.Process.Terminal)
+	if err != nil {
+		return nil, err
+	}
+	c := &container{id: r.GetId(), resources: spec.Linux.Resources, execs: make(map[string]*process)}
+	c.init = newProcess(c, "", spec.Process, io, a.log)
+	undo = append(undo, func() error { c.init.abandon(); return nil })
+
+	if c.storages, err = mountStorages("/sys", a.config.Root, r.GetStorages()); err != nil {
+		return nil, err
+	}
+	undo = append(undo, func() error { return unmountStorages(c.storages) })
+	for name, value := range sysctls {
+		if err := guest.WriteSysctl(name, value); err != nil {
+			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		}
+	}
+
+	config, err := libcontainerConfig(spec, c.id)
+	if err != nil {
+		return nil, err
+	}
+	if c.lc, err = libcontainer.Create(filepath.Join(a.config.Root, "containers"), c.id, config); err != nil {
+		return nil, fmt.Errorf("create container: %w", err)
+	}
+	undo = append(undo, c.lc.Destroy)
+
+	undo = append(undo, func() error { return c.end(ctx) })
+	if err := c.init.launch(a.config.Reaper, func() { a.onExit(c.init) }, c.lc.Start); err != nil {
+		return nil, err
+	}
+	// libcontainer has made the cgroup along with init. Nothing of the
+	// container has run yet.
+	if err := a.oom.add(c); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// onExit is called when a process has ended and before that is told.
+func (a *Agent) onExit(p *process) {
+	c := p.container
+	if p.execID == "" && !c.ownPIDs() {
+		// Without a pid namespace the kernel does not end the others.
+		if err := c.kill(); err != nil {
+			a.log.Error("processes left by a container", "container", c.id, "error", err)
+		}
+	}
+	a.oom.check(c)
+}
+
+// CreateExec prepares a process in a container.
+func (a *Agent) CreateExec(ctx context.Context, r *agentproto.CreateExecRequest) (*emptypb.Empty, error) {
+	if err := checkID(r.GetExecId()); err != nil {
+		return nil, err
+	}
+	c, err := a.container(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	spec, remarks, err := parseProcess(r.GetProcess())
+	if err != nil {
+		return nil, err
+	}
+	for _, remark := range remarks {
+		a.log.Warn(remark, "container", c.id, "exec", r.GetExecId())
+	}
+	io, err := openStdio(ctx, a.streams, r.GetStreams(), spec.Terminal)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.addExec(newProcess(c, r.GetExecId(), spec, io, a.log)); err != nil {
+		io.abort()
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// StartProcess lets a container's init execute its program, or makes the
+// process of an exec.
+func (a *Agent) StartProcess(_ context.Context, r *agentproto.ProcessRequest) (*agentproto.StartProcessResponse, error) {
+	p, err := a.process(r.GetContainerId(), r.GetExecId())
+	if err != nil {
+		return nil, err
+	}
+	c := p.container
+	if p.execID == "" {
+		err = c.startInit()
+	} else {
+		err = c.startExec(p, func() error {
+			return p.launch(a.config.Reaper, func() { a.onExit(p) }, c.lc.Run)
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &agentproto.StartProcessResponse{Pid: uint32(p.pid.Load())}, nil
+}
+
+// WaitProcess returns when a process has ended and its output is delivered.
+func (a *Agent) WaitProcess(ctx context.Context, r *agentproto.ProcessRequest) (*agentproto.WaitProcessResponse, error) {
+	p, err := a.process(r.GetContainerId(), r.GetExecId())
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-p.exited:
+		return &agentproto.WaitProcessResponse{ExitStatus: p.status, ExitedAt: timestamppb.New(p.exitedAt)}, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// SignalProcess sends a signal to one process or to all of a container.
+func (a *Agent) SignalProcess(_ context.Context, r *agentproto.SignalProcessRequest) (*emptypb.Empty, error) {
+	if r.GetSignal() > maxSignal {
+		return nil, fmt.Errorf("signal %d: %w", r.GetSignal(), errdefs.ErrInvalidArgument)
+	}
+	sig := unix.Signal(r.GetSignal())
+	p, err := a.process(r.GetContainerId(), r.GetExecId())
+	if err != nil {
+		return nil, err
+	}
+	c := p.container
+	// Without a pid namespace SIGKILL for init is for all, as with runc.
+	if r.GetAll() || p.execID == "" && sig == unix.SIGKILL && !c.ownPIDs() {
+		err = c.signalAll(sig)
+	} else {
+		err = p.signal(sig)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// ResizePty sets the size of a process's terminal.
+func (a *Agent) ResizePty(_ context.Context, r *agentproto.ResizePtyRequest) (*emptypb.Empty, error) {
+	p, err := a.process(r.GetContainerId(), r.GetExecId())
+	if err != nil {
+		return nil, err
+	}
+	if err := p.resize(clampSize(uint(r.GetWidth())), clampSize(uint(r.GetHeight()))); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// DeleteProcess forgets a process that has ended, or a container.
+func (a *Agent) DeleteProcess(ctx context.Context, r *agentproto.ProcessRequest) (*emptypb.Empty, error) {
+	p, err := a.process(r.GetContainerId(), r.GetExecId())
+	if err != nil {
+		return nil, err
+	}
+	c := p.container
+	if p.execID != "" {
+		if err := c.deleteExec(p); err != nil {
+			return nil, err
+		}
+		return &emptypb.Empty{}, nil
+	}
+	if err := c.destroy(ctx); err != nil {
+		return nil, err
+	}
+	a.oom.remove(c)
+	a.mu.Lock()
+	delete(a.containers, c.id)
+	a.mu.Unlock()
+	return &emptypb.Empty{}, nil
+}
+
+// ListProcesses lists the processes in a container's cgroup.
+func (a *Agent) ListProcesses(_ context.Context, r *agentproto.ContainerRequest) (*agentproto.ListProcessesResponse, error) {
+	c, err := a.container(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	pids, err := c.lc.Processes()
+	if err != nil {
+		return nil, err
+	}
+	execs := c.execIDs()
+	response := new(agentproto.ListProcessesResponse)
+	for _, pid := range pids {
+		response.Processes = append(response.Processes, &agentproto.ProcessEntry{Pid: uint32(pid), ExecId: execs[pid]})
+	}
+	return response, nil
+}
+
+// PauseContainer freezes a container.
+func (a *Agent) PauseContainer(_ context.Context, r *agentproto.ContainerRequest) (*emptypb.Empty, error) {
+	c, err := a.container(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if err := c.pause(); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// ResumeContainer thaws a container.
+func (a *Agent) ResumeContainer(_ context.Context, r *agentproto.ContainerRequest) (*emptypb.Empty, error) {
+	c, err := a.container(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if err := c.resume(); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// UpdateContainer changes a container's resources.
+func (a *Agent) UpdateContainer(_ context.Context, r *agentproto.UpdateContainerRequest) (*emptypb.Empty, error) {
+	c, err := a.container(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if err := c.update(r.GetResources()); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// ContainerStats reads the metrics of a container.
+func (a *Agent) ContainerStats(_ context.Context, r *agentproto.ContainerRequest) (*agentproto.ContainerStatsResponse, error) {
+	c, err := a.container(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	metrics, err := c.stats()
+	if err != nil {
+		return nil, err
+	}
+	return &agentproto.ContainerStatsResponse{Metrics: metrics}, nil
+}

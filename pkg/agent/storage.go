@@ -1,0 +1,194 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/agentproto"
+)
+
+const (
+	// deviceTimeout is how long a device that was just put on the bus may take
+	// to appear.
+	deviceTimeout = 5 * time.Second
+	devicePoll    = 2 * time.Millisecond
+)
+
+// pciAddress is domain:bus:device.function as sysfs names PCI functions.
+var pciAddress = regexp.MustCompile(`^[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
+
+// blockPaths are where sysfs shows the block device of a virtio function:
+// virtio-blk, and virtio-pmem with its region and namespace of libnvdimm.
+var blockPaths = []string{
+	"virtio*/block/*",
+	"virtio*/ndbus*/region*/namespace*/block/*",
+}
+
+// mountStorages mounts what a container was given on devices, in order. After an
+// error nothing is mounted.
+func mountStorages(sys, root string, storages []*agentproto.Storage) (mountpoints []string, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, unmountStorages(mountpoints))
+			mountpoints = nil
+		}
+	}()
+	for _, s := range storages {
+		if err := mountStorage(sys, root, s); err != nil {
+			return mountpoints, fmt.Errorf("mount the device %s at %s: %w", s.PciAddress, s.Mountpoint, err)
+		}
+		mountpoints = append(mountpoints, s.Mountpoint)
+	}
+	return mountpoints, nil
+}
+
+func mountStorage(sys, root string, s *agentproto.Storage) error {
+	rel, err := filepath.Rel(root, s.Mountpoint)
+	if err != nil || rel == "." || !filepath.IsLocal(rel) {
+		return fmt.Errorf("mount point is not below %s: %w", root, errdefs.ErrInvalidArgument)
+	}
+	name, err := awaitBlockDevice(sys, s.PciAddress, deviceTimeout)
+	if err != nil {
+		return err
+	}
+	dir, err := makeDir(root, rel)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	flags, data := mountOptions(s.Options)
+	return mountAt(filepath.Join("/dev", name), dir, s.Fstype, flags, data)
+}
+
+// mountAt mounts on a directory that was opened before, wherever its path may
+// lead by now.
+func mountAt(source string, dir *os.File, fstype string, flags uintptr, data string) error {
+	target := fmt.Sprintf("/proc/self/fd/%d", dir.Fd())
+	if err := unix.Mount(source, target, fstype, flags, data); err != nil {
+		return fmt.Errorf("mount %s as %s: %w", source, fstype, err)
+	}
+	return nil
+}
+
+// unmountStorages unmounts in the opposite order. What is still in use is
+// unmounted when it no longer is.
+func unmountStorages(mountpoints []string) error {
+	var errs []error
+	for _, m := range slices.Backward(mountpoints) {
+		err := unix.Unmount(m, unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EBUSY) {
+			err = unix.Unmount(m, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", m, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// awaitBlockDevice returns the name of the block device that a virtio function
+// is, below /dev. One that was put on the bus after boot appears after a rescan.
+func awaitBlockDevice(sys, address string, timeout time.Duration) (string, error) {
+	if !pciAddress.MatchString(address) {
+		return "", fmt.Errorf("invalid PCI address %q: %w", address, errdefs.ErrInvalidArgument)
+	}
+	function := filepath.Join(sys, "bus/pci/devices", address)
+	if _, err := os.Stat(function); errors.Is(err, os.ErrNotExist) {
+		if err := os.WriteFile(filepath.Join(sys, "bus/pci/rescan"), []byte("1"), 0); err != nil {
+			return "", fmt.Errorf("rescan the PCI bus: %w", err)
+		}
+	}
+	for deadline := time.Now().Add(timeout); ; time.Sleep(devicePoll) {
+		for _, path := range blockPaths {
+			found, err := filepath.Glob(filepath.Join(function, path))
+			if err != nil {
+				return "", err
+			}
+			if len(found) > 0 {
+				return filepath.Base(found[0]), nil
+			}
+		}
+		if time.Now().After(deadline) {
+			return "", fmt.Errorf("no block device at PCI address %s: %w", address, errdefs.ErrNotFound)
+		}
+	}
+}
+
+// makeDir makes the directory rel below root and opens it. It follows no
+// symbolic link: on the way there may be a file system that a container writes.
+func makeDir(root, rel string) (*os.File, error) {
+	fd, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: root, Err: err}
+	}
+	for name := range strings.SplitSeq(filepath.Clean(rel), "/") {
+		err := unix.Mkdirat(fd, name, 0o711)
+		if err != nil && !errors.Is(err, unix.EEXIST) {
+			unix.Close(fd)
+			return nil, &os.PathError{Op: "mkdir", Path: filepath.Join(root, rel), Err: err}
+		}
+		next, err := unix.Openat(fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		unix.Close(fd)
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: filepath.Join(root, rel), Err: err}
+		}
+		fd = next
+	}
+	return os.NewFile(uintptr(fd), filepath.Join(root, rel)), nil
+}
+
+// mountFlags are the options of mount(8) that are flags of mount(2).
+var mountFlags = map[string]struct {
+	set   bool
+	flags uintptr
+}{
+	"defaults":      {true, 0},
+	"ro":            {true, unix.MS_RDONLY},
+	"rw":            {false, unix.MS_RDONLY},
+	"nosuid":        {true, unix.MS_NOSUID},
+	"suid":          {false, unix.MS_NOSUID},
+	"nodev":         {true, unix.MS_NODEV},
+	"dev":           {false, unix.MS_NODEV},
+	"noexec":        {true, unix.MS_NOEXEC},
+	"exec":          {false, unix.MS_NOEXEC},
+	"sync":          {true, unix.MS_SYNCHRONOUS},
+	"async":         {false, unix.MS_SYNCHRONOUS},
+	"dirsync":       {true, unix.MS_DIRSYNC},
+	"noatime":       {true, unix.MS_NOATIME},
+	"atime":         {false, unix.MS_NOATIME},
+	"nodiratime":    {true, unix.MS_NODIRATIME},
+	"diratime":      {false, unix.MS_NODIRATIME},
+	"relatime":      {true, unix.MS_RELATIME},
+	"norelatime":    {false, unix.MS_RELATIME},
+	"strictatime":   {true, unix.MS_STRICTATIME},
+	"nostrictatime": {false, unix.MS_STRICTATIME},
+	"nosymfollow":   {true, unix.MS_NOSYMFOLLOW},
+	"symfollow":     {false, unix.MS_NOSYMFOLLOW},
+}
+
+// mountOptions divides options into the flags of mount(2) and the rest, which
+// is the file system's.
+func mountOptions(options []string) (flags uintptr, data string) {
+	var rest []string
+	for _, o := range options {
+		f, ok := mountFlags[o]
+		switch {
+		case !ok:
+			rest = append(rest, o)
+		case f.set:
+			flags |= f.flags
+		default:
+			flags &^= f.flags
+		}
+	}
+	return flags, strings.Join(rest, ",")
+}
