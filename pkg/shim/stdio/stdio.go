@@ -1,0 +1,251 @@
+// Package stdio connects the standard streams of a process in the guest, each
+// one connection, with what a client of containerd has asked for: fifos, a
+// file (file://) or a logging program (binary://).
+package stdio
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Config is what a client asks for. Empty paths are streams that are not
+// connected.
+type Config struct {
+	// ID and Namespace of the container, which a logging program is told.
+	ID, Namespace string
+
+	Stdin, Stdout, Stderr string
+	// Terminal: what the process writes comes on stdout alone.
+	Terminal bool
+}
+
+// Conn is a stream's connection to the guest.
+type Conn interface {
+	syscall.Conn
+	Read(p []byte) (int, error)
+	Write(p []byte) (int, error)
+	Close() error
+	CloseWrite() error
+	SetWriteDeadline(time.Time) error
+}
+
+// Streams are the host's ends of a process's streams. All methods may be
+// called concurrently.
+type Streams struct {
+	stdin          *input
+	stdout, stderr *os.File
+	logger         *logger
+
+	inputs   sync.WaitGroup
+	outputs  sync.WaitGroup
+	drained  chan struct{} // closed when the outputs have ended
+	progress atomic.Int64  // bytes that have reached the client
+
+	mu     sync.Mutex
+	conns  []Conn
+	closed bool
+}
+
+// Open opens the host's ends. The caller must Close them.
+func Open(ctx context.Context, c Config) (_ *Streams, err error) {
+	s := &Streams{drained: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	if c.Terminal {
+		c.Stderr = ""
+	}
+	scheme, location, err := split(c.Stdout)
+	if err != nil {
+		return nil, err
+	}
+	switch scheme {
+	case "binary", "binary-v2":
+		// The program takes both streams; clients name it for each.
+		var outputs [2]*os.File
+		s.logger, outputs, err = startLogger(ctx, location, c)
+		if err != nil {
+			return nil, err
+		}
+		s.stdout, s.stderr = outputs[0], outputs[1]
+		if c.Terminal {
+			s.stderr.Close()
+			s.stderr = nil
+		}
+	default:
+		if s.stdout, err = openOutput(c.Stdout); err != nil {
+			return nil, fmt.Errorf("stdout: %w", err)
+		}
+		if s.stderr, err = openOutput(c.Stderr); err != nil {
+			return nil, fmt.Errorf("stderr: %w", err)
+		}
+	}
+	if c.Stdin != "" {
+		if s.stdin, err = openInput(c.Stdin); err != nil {
+			return nil, fmt.Errorf("stdin: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// split takes a stream's address apart. Without a scheme it is a path, in
+// which any character may occur.
+func split(address string) (scheme string, location *url.URL, err error) {
+	if !strings.Contains(address, "://") {
+		return "", &url.URL{Path: address}, nil
+	}
+	u, err := url.Parse(address)
+	if err != nil {
+		return "", nil, fmt.Errorf("stream address: %w", err)
+	}
+	return u.Scheme, u, nil
+}
+
+// openOutput returns nil for an empty address.
+func openOutput(address string) (*os.File, error) {
+	if address == "" {
+		return nil, nil
+	}
+	scheme, location, err := split(address)
+	if err != nil {
+		return nil, err
+	}
+	path := location.Path
+	var flags int
+	switch scheme {
+	case "", "fifo":
+		info, err := os.Stat(path)
+		if err != nil {
+			return nil, err
+		}
+		flags = os.O_WRONLY | os.O_APPEND
+		if info.Mode()&os.ModeNamedPipe != 0 {
+			// Holding the reading end too, we neither wait for a reader nor
+			// get an error when it goes away: containerd may come back.
+			flags = os.O_RDWR | unix.O_NONBLOCK
+		}
+	case "file":
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, err
+		}
+		flags = os.O_WRONLY | os.O_APPEND | os.O_CREATE
+	default:
+		return nil, fmt.Errorf("streams of the form %s:// are not supported", scheme)
+	}
+	return os.OpenFile(path, flags, 0o644)
+}
+
+// Wants says which streams are to be connected.
+func (s *Streams) Wants() (stdin, stdout, stderr bool) {
+	return s.stdin != nil, s.stdout != nil, s.stderr != nil
+}
+
+// Copy starts copying and takes over the connections, of which there is one
+// for each stream that Wants names and nil for the others. It is called at
+// most once.
+func (s *Streams) Copy(stdin, stdout, stderr Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range []Conn{stdin, stdout, stderr} {
+		if c == nil {
+			continue
+		}
+		if s.closed {
+			c.Close()
+			continue
+		}
+		s.conns = append(s.conns, c)
+	}
+	if s.closed {
+		return
+	}
+	if stdin != nil {
+		s.inputs.Go(func() { s.stdin.copy(stdin) })
+	}
+	for _, o := range []struct {
+		to   *os.File
+		from Conn
+	}{{s.stdout, stdout}, {s.stderr, stderr}} {
+		if o.from == nil {
+			continue
+		}
+		s.outputs.Go(func() {
+			copyTo(o.to, o.from, &s.progress)
+			// End of file for the client, whatever the other streams do.
+			o.to.Close()
+			o.from.Close()
+		})
+	}
+	go func() {
+		s.outputs.Wait()
+		close(s.drained)
+	}()
+}
+
+// CloseStdin lets the process read end of file when what the clients have
+// written until now is read.
+func (s *Streams) CloseStdin() {
+	if s.stdin != nil {
+		s.stdin.release()
+	}
+}
+
+// Drain waits until all output has reached the client. It gives up, and says
+// so, when nothing has got on for the time of stall: the client has gone, or
+// does not read.
+func (s *Streams) Drain(stall time.Duration) error {
+	for {
+		before := s.progress.Load()
+		timer := time.NewTimer(stall)
+		select {
+		case <-s.drained:
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		}
+		if s.progress.Load() == before {
+			return errors.New("the client does not read the output")
+		}
+	}
+}
+
+// Close ends all copying and waits for it.
+func (s *Streams) Close() {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.closed = true
+	for _, c := range s.conns {
+		c.Close()
+	}
+	s.mu.Unlock()
+
+	if s.stdin != nil {
+		s.stdin.close()
+	}
+	for _, o := range []*os.File{s.stdout, s.stderr} {
+		if o != nil {
+			o.Close()
+		}
+	}
+	s.inputs.Wait()
+	s.outputs.Wait()
+	if s.logger != nil {
+		s.logger.stop()
+	}
+}
