@@ -1,0 +1,223 @@
+// Package guestspec turns the OCI specification that a container has on the
+// host into the one that the agent gets: without what is the host's, and with
+// paths of the guest. What a container asks of the host and a virtual machine
+// cannot give is refused: running without it would be a surprise.
+package guestspec
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// SharedRoot is where the guest sees the sandbox's shared directory.
+const SharedRoot = "/run/microvm/shared"
+
+// Names in a container's part of the shared directory.
+const (
+	RootfsName = "rootfs"
+	MountsName = "mounts"
+)
+
+// Input is a container as containerd hands it over.
+type Input struct {
+	ID     string
+	Bundle string
+	// First container of the sandbox, whose ipc and uts namespaces are those
+	// of the guest.
+	First    bool
+	Terminal bool
+}
+
+// Result is what Rewrite makes of a specification.
+type Result struct {
+	Spec *specs.Spec
+	// Mounts are to be made in the shared directory: the n-th of them at
+	// mounts/n.
+	Mounts []Mount
+	// HostHooks run on the host, by the shim.
+	HostHooks specs.Hooks
+	// Remarks are about what was left out, for the log.
+	Remarks []string
+}
+
+// Rewrite changes spec. Errors are about what the specification asks for and
+// carry an errdefs kind.
+func Rewrite(spec *specs.Spec, in Input) (*Result, error) {
+	switch {
+	case spec.Process == nil:
+		return nil, invalid("the specification has no process")
+	case spec.Linux == nil:
+		return nil, invalid("the specification has no linux section")
+	case spec.Root == nil:
+		return nil, invalid("the specification has no root")
+	}
+	r := &Result{Spec: spec}
+	spec.Root = &specs.Root{
+		Path:     filepath.Join(SharedRoot, in.ID, RootfsName),
+		Readonly: spec.Root.Readonly,
+	}
+	spec.Process.Terminal = in.Terminal
+	linux := spec.Linux
+	// The agent has a place of its own for it. The path given is where the
+	// VMM is put.
+	linux.CgroupsPath = ""
+	for _, step := range []func(*Result, Input) error{namespaces, mounts, devices, hooks} {
+		if err := step(r, in); err != nil {
+			return nil, err
+		}
+	}
+	if linux.Resources != nil {
+		r.Remarks = append(r.Remarks, Resources(linux.Resources)...)
+	}
+	if len(linux.NetDevices) > 0 {
+		return nil, unsupported("network devices of the host cannot be moved into a virtual machine (linux.netDevices)")
+	}
+	if s := linux.Seccomp; s != nil && s.ListenerPath != "" {
+		return nil, unsupported("a seccomp agent on the host cannot serve a virtual machine (linux.seccomp.listenerPath)")
+	}
+	return r, nil
+}
+
+// Resources takes out limits that name parts of the host. It is for the limits
+// of an update as well.
+func Resources(res *specs.LinuxResources) (remarks []string) {
+	if cpu := res.CPU; cpu != nil {
+		if cpu.Cpus != "" || cpu.Mems != "" {
+			remarks = append(remarks, fmt.Sprintf("cpuset (CPUs %q, memory nodes %q) left out: the numbers are the host's", cpu.Cpus, cpu.Mems))
+			cpu.Cpus, cpu.Mems = "", ""
+		}
+		if cpu.RealtimePeriod != nil || cpu.RealtimeRuntime != nil {
+			remarks = append(remarks, "real-time limits left out: they are of cgroup version 1")
+			cpu.RealtimePeriod, cpu.RealtimeRuntime = nil, nil
+		}
+	}
+	return remarks
+}
+
+// namespaces: a namespace with a path is one that the container shares with
+// its sandbox, and most of these are the guest's own. One that is missing would
+// be shared with the host.
+func namespaces(r *Result, in Input) error {
+	spec := r.Spec
+	var kept []specs.LinuxNamespace
+	have := map[specs.LinuxNamespaceType]bool{}
+	for _, ns := range spec.Linux.Namespaces {
+		have[ns.Type] = true
+		switch ns.Type {
+		case specs.NetworkNamespace:
+			continue // the guest has one
+		case specs.IPCNamespace, specs.UTSNamespace:
+			if ns.Path != "" || in.First {
+				continue
+			}
+		default:
+			if ns.Path != "" {
+				return unsupported("container %s is to join the %s namespace %s: containers of a virtual machine cannot share one",
+					in.ID, ns.Type, ns.Path)
+			}
+		}
+		kept = append(kept, ns)
+	}
+	for _, needed := range []struct {
+		kind specs.LinuxNamespaceType
+		name string
+	}{
+		{specs.NetworkNamespace, "network (--net-host, hostNetwork)"},
+		{specs.PIDNamespace, "pid (hostPID)"},
+		{specs.IPCNamespace, "ipc (hostIPC)"},
+		{specs.UTSNamespace, "uts"},
+		{specs.MountNamespace, "mount"},
+	} {
+		if !have[needed.kind] {
+			return unsupported("container %s is to share the host's %s namespace: a virtual machine cannot", in.ID, needed.name)
+		}
+	}
+	spec.Linux.Namespaces = kept
+	if !slices.ContainsFunc(kept, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UTSNamespace }) {
+		spec.Hostname, spec.Domainname = "", ""
+	}
+	return nil
+}
+
+// guestDevices are the device nodes, by number, that the guest kernel has a
+// driver for and that mean the same in there.
+var guestDevices = map[[2]int64]bool{
+	{1, 3}:    true, // null
+	{1, 5}:    true, // zero
+	{1, 7}:    true, // full
+	{1, 8}:    true, // random
+	{1, 9}:    true, // urandom
+	{1, 11}:   true, // kmsg
+	{5, 0}:    true, // tty
+	{5, 1}:    true, // console
+	{5, 2}:    true, // ptmx
+	{10, 200}: true, // net/tun
+	{10, 229}: true, // fuse
+}
+
+// devices: a container that may use all devices gets those of the guest; one
+// that asks for a certain device of the host cannot have it.
+func devices(r *Result, in Input) error {
+	linux := r.Spec.Linux
+	all := allDevicesAllowed(linux.Resources)
+	var kept []specs.LinuxDevice
+	for _, d := range linux.Devices {
+		character := d.Type == "c" || d.Type == "u"
+		if d.Type == "p" || character && guestDevices[[2]int64{d.Major, d.Minor}] {
+			kept = append(kept, d)
+			continue
+		}
+		if !all {
+			return unsupported("container %s is to have the device %s (%s %d:%d) of the host: a virtual machine cannot",
+				in.ID, d.Path, d.Type, d.Major, d.Minor)
+		}
+		r.Remarks = append(r.Remarks, fmt.Sprintf("device %s left out: it is the host's", d.Path))
+	}
+	linux.Devices = kept
+	return nil
+}
+
+// allDevicesAllowed is how a privileged container shows.
+func allDevicesAllowed(res *specs.LinuxResources) bool {
+	if res == nil {
+		return false
+	}
+	return slices.ContainsFunc(res.Devices, func(d specs.LinuxDeviceCgroup) bool {
+		return d.Allow && (d.Type == "" || d.Type == "a") && d.Major == nil && d.Minor == nil && d.Access == "rwm"
+	})
+}
+
+// hooks divides them into those of the host's and those of the container.
+func hooks(r *Result, in Input) error {
+	h := r.Spec.Hooks
+	if h == nil {
+		return nil
+	}
+	if len(h.CreateContainer) > 0 {
+		return unsupported("container %s has createContainer hooks: these are programs of the host that run in the container's namespaces, which are in a virtual machine", in.ID)
+	}
+	r.HostHooks = specs.Hooks{
+		//lint:ignore SA1019 deprecated, but in use
+		Prestart:      h.Prestart,
+		CreateRuntime: h.CreateRuntime,
+		Poststart:     h.Poststart,
+		Poststop:      h.Poststop,
+	}
+	r.Spec.Hooks = nil
+	if len(h.StartContainer) > 0 {
+		r.Spec.Hooks = &specs.Hooks{StartContainer: h.StartContainer}
+	}
+	return nil
+}
+
+func invalid(format string, args ...any) error {
+	return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
+}
+
+func unsupported(format string, args ...any) error {
+	return fmt.Errorf(format+": %w", append(args, errdefs.ErrNotImplemented)...)
+}

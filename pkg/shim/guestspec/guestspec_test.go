@@ -1,0 +1,350 @@
+package guestspec
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// base is what containerd makes for `ctr run`, as far as it matters here.
+func base() *specs.Spec {
+	return &specs.Spec{
+		Version:  "1.2.0",
+		Process:  &specs.Process{Args: []string{"sh"}, Cwd: "/"},
+		Root:     &specs.Root{Path: "rootfs"},
+		Hostname: "host",
+		Linux: &specs.Linux{
+			CgroupsPath: "/default/c1",
+			Namespaces: []specs.LinuxNamespace{
+				{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
+				{Type: specs.MountNamespace}, {Type: specs.NetworkNamespace},
+			},
+		},
+	}
+}
+
+var first = Input{ID: "c1", Bundle: "/bundle", First: true}
+
+func rewrite(t *testing.T, spec *specs.Spec, in Input) *Result {
+	t.Helper()
+	r, err := Rewrite(spec, in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func TestRoot(t *testing.T) {
+	spec := base()
+	spec.Root.Readonly = true
+	in := first
+	in.Terminal = true
+	r := rewrite(t, spec, in)
+	if want := (specs.Root{Path: "/run/microvm/shared/c1/rootfs", Readonly: true}); *r.Spec.Root != want {
+		t.Errorf("root %+v", *r.Spec.Root)
+	}
+	if !r.Spec.Process.Terminal || r.Spec.Linux.CgroupsPath != "" {
+		t.Errorf("terminal %v, cgroup %q", r.Spec.Process.Terminal, r.Spec.Linux.CgroupsPath)
+	}
+}
+
+func TestNamespaces(t *testing.T) {
+	ns := func(pairs ...string) (list []specs.LinuxNamespace) {
+		for i := 0; i < len(pairs); i += 2 {
+			list = append(list, specs.LinuxNamespace{Type: specs.LinuxNamespaceType(pairs[i]), Path: pairs[i+1]})
+		}
+		return list
+	}
+	for _, test := range []struct {
+		name     string
+		first    bool
+		in, want []specs.LinuxNamespace
+		hostname string
+	}{
+		{"the first container", true,
+			ns("pid", "", "ipc", "", "uts", "", "mount", "", "network", "", "cgroup", "", "user", ""),
+			ns("pid", "", "mount", "", "cgroup", "", "user", ""), ""},
+		{"the first, with a network of its own", true,
+			ns("pid", "", "ipc", "", "uts", "", "mount", "", "network", "/run/netns/cni-1"),
+			ns("pid", "", "mount", ""), ""},
+		{"a pod's container", false,
+			ns("pid", "", "ipc", "/proc/7/ns/ipc", "uts", "/proc/7/ns/uts", "mount", "", "network", "/proc/7/ns/net"),
+			ns("pid", "", "mount", ""), ""},
+		{"another one in the group that shares nothing", false,
+			ns("pid", "", "ipc", "", "uts", "", "mount", "", "network", ""),
+			ns("pid", "", "ipc", "", "uts", "", "mount", ""), "host"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			spec := base()
+			spec.Linux.Namespaces = test.in
+			in := first
+			in.First = test.first
+			r := rewrite(t, spec, in)
+			if !reflect.DeepEqual(r.Spec.Linux.Namespaces, test.want) {
+				t.Errorf("got  %v\nwant %v", r.Spec.Linux.Namespaces, test.want)
+			}
+			if r.Spec.Hostname != test.hostname {
+				t.Errorf("host name %q", r.Spec.Hostname)
+			}
+		})
+	}
+}
+
+// tree is a directory with something of each kind that is bound.
+func tree(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, err := range []error{
+		os.Mkdir(filepath.Join(dir, "dir"), 0o755),
+		os.WriteFile(filepath.Join(dir, "file"), nil, 0o644),
+		os.Symlink("dir", filepath.Join(dir, "link")),
+		os.Symlink("/proc/sys", filepath.Join(dir, "sneaky")),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func TestMounts(t *testing.T) {
+	dir := tree(t)
+	mount := func(kind, source string, options ...string) specs.Mount {
+		return specs.Mount{Destination: "/mnt", Type: kind, Source: source, Options: options}
+	}
+	const shared = "/run/microvm/shared/c1/mounts/0"
+	for _, test := range []struct {
+		name  string
+		mount specs.Mount
+		want  specs.Mount
+		host  *Mount
+	}{
+		{"directory", mount("bind", dir+"/dir", "rbind", "rw"), mount("bind", shared, "rbind", "rw"),
+			&Mount{Source: dir + "/dir", Recursive: true}},
+		{"file, read-only", mount("bind", dir+"/file", "bind", "ro"), mount("bind", shared, "bind", "ro"),
+			&Mount{Source: dir + "/file", File: true, ReadOnly: true}},
+		{"the last word counts", mount("bind", dir+"/dir", "ro", "rbind", "rw", "bind"), mount("bind", shared, "ro", "rbind", "rw", "bind"),
+			&Mount{Source: dir + "/dir"}},
+		{"recursively read-only", mount("bind", dir+"/dir", "rbind", "ro", "rro"), mount("bind", shared, "rbind", "ro", "rro"),
+			&Mount{Source: dir + "/dir", Recursive: true, ReadOnly: true, RecursiveReadOnly: true}},
+		{"a bind by its options", mount("none", dir+"/link", "rbind"), mount("bind", shared, "rbind"),
+			&Mount{Source: dir + "/link", Recursive: true}},
+		{"relative to the bundle", mount("bind", "file", "bind"), mount("bind", shared, "bind"),
+			&Mount{Source: dir + "/file", File: true}},
+		{"memory", mount("tmpfs", "tmpfs", "size=1m"), mount("tmpfs", "tmpfs", "size=1m"), nil},
+		{"proc", mount("proc", "proc"), mount("proc", "proc"), nil},
+		{"the kernel's state is the guest's", mount("bind", "/sys", "rbind", "ro"), mount("bind", "/sys", "rbind", "ro"), nil},
+		{"also through a link", mount("bind", dir+"/sneaky", "rbind"), mount("bind", "/proc/sys", "rbind"), nil},
+		{"a device that the guest has", mount("bind", "/dev/null", "bind"), mount("bind", "/dev/null", "bind"), nil},
+		{"all of /dev", mount("bind", "/dev", "rbind"), mount("bind", "/dev", "rbind"), nil},
+		{"another file system", mount("ext4", "/dev/sdz", "ro", "noload"), mount("bind", shared, "rbind", "ro"),
+			&Mount{Source: "/dev/sdz", Type: "ext4", Options: []string{"ro", "noload"}}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			spec := base()
+			spec.Mounts = []specs.Mount{test.mount}
+			in := first
+			in.Bundle = dir
+			r := rewrite(t, spec, in)
+			if !reflect.DeepEqual(r.Spec.Mounts[0], test.want) {
+				t.Errorf("got  %+v\nwant %+v", r.Spec.Mounts[0], test.want)
+			}
+			switch {
+			case test.host == nil && len(r.Mounts) > 0:
+				t.Errorf("mounted on the host: %+v", r.Mounts)
+			case test.host != nil && (len(r.Mounts) != 1 || !reflect.DeepEqual(r.Mounts[0], *test.host)):
+				t.Errorf("on the host %+v, want %+v", r.Mounts, *test.host)
+			}
+		})
+	}
+}
+
+// device is what stat says of one.
+type device struct {
+	os.FileInfo
+	mode os.FileMode
+	rdev uint64
+}
+
+func (d device) Mode() os.FileMode { return d.mode }
+func (d device) Sys() any          { return &syscall.Stat_t{Rdev: d.rdev} }
+
+func TestDeviceAsMount(t *testing.T) {
+	m := &specs.Mount{Destination: "/mnt", Source: "/dev/x"}
+	null := device{mode: os.ModeDevice | os.ModeCharDevice, rdev: unix.Mkdev(1, 3)}
+	if own, err := guestsOwn(m, "/dev/x", null, unix.Statfs_t{}); own != "/dev/x" || err != nil {
+		t.Errorf("null: %q, %v", own, err)
+	}
+	for _, d := range []device{
+		{mode: os.ModeDevice | os.ModeCharDevice, rdev: unix.Mkdev(10, 232)},
+		{mode: os.ModeDevice, rdev: unix.Mkdev(8, 0)},
+		{mode: os.ModeDevice, rdev: unix.Mkdev(1, 3)},
+	} {
+		if own, err := guestsOwn(m, "/dev/x", d, unix.Statfs_t{}); !errdefs.IsNotImplemented(err) {
+			t.Errorf("%+v: %q, %v", d, own, err)
+		}
+	}
+}
+
+func TestMountsAreNumbered(t *testing.T) {
+	dir := tree(t)
+	spec := base()
+	spec.Mounts = []specs.Mount{
+		{Destination: "/a", Type: "bind", Source: dir + "/dir"},
+		{Destination: "/proc", Type: "proc", Source: "proc"},
+		{Destination: "/b", Type: "bind", Source: dir + "/file"},
+	}
+	r := rewrite(t, spec, first)
+	if got := r.Spec.Mounts[2].Source; got != "/run/microvm/shared/c1/mounts/1" || len(r.Mounts) != 2 {
+		t.Errorf("%s, %+v", got, r.Mounts)
+	}
+}
+
+func TestDevices(t *testing.T) {
+	null := specs.LinuxDevice{Path: "/dev/null", Type: "c", Major: 1, Minor: 3}
+	fuse := specs.LinuxDevice{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229}
+	pipe := specs.LinuxDevice{Path: "/dev/p", Type: "p"}
+	disk := specs.LinuxDevice{Path: "/dev/sda", Type: "b", Major: 8, Minor: 0}
+	fakeNull := specs.LinuxDevice{Path: "/dev/x", Type: "b", Major: 1, Minor: 3}
+
+	spec := base()
+	spec.Linux.Devices = []specs.LinuxDevice{null, fuse, pipe}
+	if r := rewrite(t, spec, first); !reflect.DeepEqual(r.Spec.Linux.Devices, []specs.LinuxDevice{null, fuse, pipe}) {
+		t.Errorf("devices %v", r.Spec.Linux.Devices)
+	}
+	spec = base()
+	spec.Linux.Devices = []specs.LinuxDevice{null, disk, fakeNull}
+	spec.Linux.Resources = &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{
+		{Allow: false, Access: "rwm"}, {Allow: true, Access: "rwm"},
+	}}
+	r := rewrite(t, spec, first)
+	if !reflect.DeepEqual(r.Spec.Linux.Devices, []specs.LinuxDevice{null}) || len(r.Remarks) != 2 {
+		t.Errorf("privileged: devices %v, remarks %q", r.Spec.Linux.Devices, r.Remarks)
+	}
+}
+
+func TestResources(t *testing.T) {
+	period, runtime, limit := uint64(1), int64(2), int64(64<<20)
+	res := &specs.LinuxResources{
+		CPU:    &specs.LinuxCPU{Cpus: "2-3", Mems: "0", RealtimePeriod: &period, RealtimeRuntime: &runtime, Quota: &limit},
+		Memory: &specs.LinuxMemory{Limit: &limit},
+	}
+	remarks := Resources(res)
+	want := &specs.LinuxResources{CPU: &specs.LinuxCPU{Quota: &limit}, Memory: &specs.LinuxMemory{Limit: &limit}}
+	if !reflect.DeepEqual(res, want) || len(remarks) != 2 {
+		t.Errorf("%+v, %q", res, remarks)
+	}
+}
+
+func TestHooks(t *testing.T) {
+	hook := []specs.Hook{{Path: "/bin/hook"}}
+	spec := base()
+	spec.Hooks = &specs.Hooks{CreateRuntime: hook, StartContainer: hook, Poststop: hook}
+	r := rewrite(t, spec, first)
+	if !reflect.DeepEqual(r.HostHooks, specs.Hooks{CreateRuntime: hook, Poststop: hook}) {
+		t.Errorf("on the host: %+v", r.HostHooks)
+	}
+	if !reflect.DeepEqual(r.Spec.Hooks, &specs.Hooks{StartContainer: hook}) {
+		t.Errorf("in the guest: %+v", r.Spec.Hooks)
+	}
+}
+
+func TestRefused(t *testing.T) {
+	without := func(kind specs.LinuxNamespaceType) func(*specs.Spec) {
+		return func(s *specs.Spec) {
+			var kept []specs.LinuxNamespace
+			for _, ns := range s.Linux.Namespaces {
+				if ns.Type != kind {
+					kept = append(kept, ns)
+				}
+			}
+			s.Linux.Namespaces = kept
+		}
+	}
+	bind := func(source string) func(*specs.Spec) {
+		return func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "bind", Source: source}}
+		}
+	}
+	for _, test := range []struct {
+		name    string
+		change  func(*specs.Spec)
+		want    string
+		invalid bool
+	}{
+		{"no process", func(s *specs.Spec) { s.Process = nil }, "no process", true},
+		{"no root", func(s *specs.Spec) { s.Root = nil }, "no root", true},
+		{"no linux", func(s *specs.Spec) { s.Linux = nil }, "no linux section", true},
+		{"host network", without(specs.NetworkNamespace), "--net-host", false},
+		{"host pids", without(specs.PIDNamespace), "hostPID", false},
+		{"host ipc", without(specs.IPCNamespace), "hostIPC", false},
+		{"host uts", without(specs.UTSNamespace), "uts", false},
+		{"host mounts", without(specs.MountNamespace), "mount", false},
+		{"another container's pids", func(s *specs.Spec) { s.Linux.Namespaces[0].Path = "/proc/1/ns/pid" }, "/proc/1/ns/pid", false},
+		{"mount source missing", bind("/nonexistent/dir"), "mount /mnt: source: lstat /nonexistent", true},
+		{"mapped mount", func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "bind", Source: "/tmp", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
+		}, "mapped", false},
+		{"device of the host", func(s *specs.Spec) {
+			s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/sda", Type: "b", Major: 8}}
+		}, "/dev/sda (b 8:0)", false},
+		{"createContainer hook", func(s *specs.Spec) {
+			s.Hooks = &specs.Hooks{CreateContainer: []specs.Hook{{Path: "/h"}}}
+		}, "createContainer", false},
+		{"network device", func(s *specs.Spec) {
+			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth1": {}}
+		}, "netDevices", false},
+		{"seccomp agent", func(s *specs.Spec) {
+			s.Linux.Seccomp = &specs.LinuxSeccomp{ListenerPath: "/run/s"}
+		}, "seccomp", false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			spec := base()
+			test.change(spec)
+			_, err := Rewrite(spec, first)
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Fatalf("error %v does not say %q", err, test.want)
+			}
+			if test.invalid != errdefs.IsInvalidArgument(err) || test.invalid == errdefs.IsNotImplemented(err) {
+				t.Errorf("%v is of another kind", err)
+			}
+		})
+	}
+}
+
+// FuzzRewrite: a specification comes from containerd, but its content from its
+// clients.
+func FuzzRewrite(f *testing.F) {
+	data, err := json.Marshal(base())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data)
+	f.Add([]byte(`{"process":{},"root":{},"linux":{"devices":[{}],"resources":{"cpu":{}}},"mounts":[{"type":"bind","source":"/"}],"hooks":{}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var spec specs.Spec
+		if json.Unmarshal(data, &spec) != nil {
+			return
+		}
+		r, err := Rewrite(&spec, first)
+		if err != nil {
+			return
+		}
+		if _, err := json.Marshal(r.Spec); err != nil {
+			t.Error(err)
+		}
+		for _, ns := range r.Spec.Linux.Namespaces {
+			if ns.Path != "" {
+				t.Errorf("namespace of the host: %+v", ns)
+			}
+		}
+	})
+}

@@ -1,0 +1,154 @@
+package guestspec
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Mount is one to be made in the shared directory on the host, from where it is
+// bound to its place in the guest.
+type Mount struct {
+	// Source is absolute; links in it are followed.
+	Source string
+	// File says that it is not a directory.
+	File bool
+	// Recursive includes what is mounted below.
+	Recursive bool
+	// ReadOnly applies to the mount itself, RecursiveReadOnly to all below.
+	ReadOnly, RecursiveReadOnly bool
+
+	// Type and Options are set for a file system that has to be mounted on the
+	// host; the fields above do not apply then.
+	Type    string
+	Options []string
+}
+
+// guestTypes are file systems that the guest's kernel makes itself.
+var guestTypes = []string{
+	"proc", "sysfs", "tmpfs", "ramfs", "devpts", "mqueue", "cgroup", "cgroup2",
+	"bpf", "debugfs", "tracefs", "securityfs", "hugetlbfs",
+}
+
+// kernelTypes are those that show the kernel's own state: through a share, a
+// container would see another kernel's than the one it runs on.
+var kernelTypes = []int64{
+	unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC,
+	unix.DEBUGFS_MAGIC, unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC, unix.BPF_FS_MAGIC,
+}
+
+func mounts(r *Result, in Input) error {
+	for i := range r.Spec.Mounts {
+		if err := r.mount(&r.Spec.Mounts[i], in); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Result) mount(m *specs.Mount, in Input) error {
+	if len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0 {
+		return unsupported("mount %s: mapped user ids are not supported", m.Destination)
+	}
+	switch {
+	case isBind(m):
+		return r.bind(m, in)
+	case slices.Contains(guestTypes, m.Type):
+		return nil
+	}
+	// Any other file system is on a device, a server or files of the host's.
+	options := []string{"rbind"}
+	if slices.Contains(m.Options, "ro") {
+		options = append(options, "ro")
+	}
+	r.share(m, in, Mount{Source: m.Source, Type: m.Type, Options: m.Options})
+	m.Options = options
+	return nil
+}
+
+func isBind(m *specs.Mount) bool {
+	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")
+}
+
+// share has the mount made on the host and points m there.
+func (r *Result) share(m *specs.Mount, in Input, mount Mount) {
+	m.Type = "bind"
+	m.Source = filepath.Join(SharedRoot, in.ID, MountsName, strconv.Itoa(len(r.Mounts)))
+	r.Mounts = append(r.Mounts, mount)
+}
+
+func (r *Result) bind(m *specs.Mount, in Input) error {
+	source := m.Source
+	if !filepath.IsAbs(source) {
+		source = filepath.Join(in.Bundle, source)
+	}
+	target, err := filepath.EvalSymlinks(source)
+	if err != nil {
+		return invalid("mount %s: source: %w", m.Destination, err)
+	}
+	info, err := os.Stat(target)
+	if err != nil {
+		return invalid("mount %s: source: %w", m.Destination, err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(target, &fs); err != nil {
+		return invalid("mount %s: source %s: %w", m.Destination, source, err)
+	}
+
+	own, err := guestsOwn(m, target, info, fs)
+	if err != nil {
+		return err
+	}
+	if own != "" {
+		m.Type, m.Source = "bind", own
+		return nil
+	}
+	mount := Mount{Source: source, File: !info.IsDir()}
+	for _, option := range m.Options { // the last word counts
+		switch option {
+		case "bind":
+			mount.Recursive = false
+		case "rbind":
+			mount.Recursive = true
+		case "ro", "rw":
+			mount.ReadOnly = option == "ro"
+		case "rro", "rrw":
+			mount.RecursiveReadOnly = option == "rro"
+		}
+	}
+	r.share(m, in, mount)
+	return nil
+}
+
+// guestsOwn says which path of the guest takes the place of the host's, if one
+// does: kernel file systems, devices, and the memory file system that a pod's
+// containers share.
+func guestsOwn(m *specs.Mount, target string, info os.FileInfo, fs unix.Statfs_t) (string, error) {
+	if info.Mode()&os.ModeDevice != 0 {
+		if info.Mode()&os.ModeCharDevice != 0 && guestDevices[deviceNumber(info)] {
+			return target, nil
+		}
+		return "", unsupported("mount %s: %s is a device of the host: a virtual machine cannot use it", m.Destination, m.Source)
+	}
+	if m.Destination == "/dev/shm" && fs.Type == unix.TMPFS_MAGIC {
+		return "/dev/shm", nil
+	}
+	if target == "/dev" || strings.HasPrefix(target, "/dev/") || slices.Contains(kernelTypes, fs.Type) {
+		return target, nil
+	}
+	return "", nil
+}
+
+func deviceNumber(info os.FileInfo) [2]int64 {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return [2]int64{}
+	}
+	return [2]int64{int64(unix.Major(stat.Rdev)), int64(unix.Minor(stat.Rdev))}
+}
