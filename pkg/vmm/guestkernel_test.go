@@ -1,0 +1,235 @@
+//go:build guestkernel
+
+package vmm
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The tests of this file boot the real guest kernel, so they run where KVM can:
+// see "make test-guest". The guest's only program is this test binary, which is
+// static: as process 1 it does what the kernel command line tells it to.
+
+func TestMain(m *testing.M) {
+	if os.Getpid() == 1 {
+		guestInit()
+	}
+	os.Exit(m.Run())
+}
+
+// guestInit is process 1 of the guest.
+func guestInit() {
+	say := func(format string, args ...any) {
+		kmsg, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0)
+		if err != nil {
+			panic(err)
+		}
+		fmt.Fprintf(kmsg, "<1>guest: "+format+"\n", args...)
+		kmsg.Close()
+	}
+	mount := func(fs, dir string) {
+		if err := unix.Mount(fs, dir, fs, 0, ""); err != nil {
+			panic(fmt.Sprintf("mount %s: %v", dir, err))
+		}
+	}
+	mount("devtmpfs", "/dev")
+	mount("proc", "/proc")
+	mount("sysfs", "/sys")
+	cmdline, _ := os.ReadFile("/proc/cmdline")
+	for _, word := range strings.Fields(string(cmdline)) {
+		action, ok := strings.CutPrefix(word, "guest.do=")
+		if !ok {
+			continue
+		}
+		say("userspace, doing %s", action)
+		if do, ok := guestActions[action]; ok {
+			do(say)
+		} else {
+			say("no such action")
+		}
+	}
+	select {}
+}
+
+var guestActions = map[string]func(say func(string, ...any)){
+	"poweroff": func(func(string, ...any)) { unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF) },
+	"reset":    func(func(string, ...any)) { unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART) },
+	"panic":    func(func(string, ...any)) { os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0) },
+	"exit":     func(func(string, ...any)) { os.Exit(7) },
+	"cpus": func(say func(string, ...any)) {
+		online, _ := os.ReadFile("/sys/devices/system/cpu/online")
+		packages, _ := filepath.Glob("/sys/devices/system/cpu/cpu*/topology/physical_package_id")
+		siblings, _ := os.ReadFile("/sys/devices/system/cpu/cpu0/topology/core_siblings_list")
+		threads, _ := os.ReadFile("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+		clock, _ := os.ReadFile("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+		say("online=%s topology=%d siblings=%s threads=%s gomaxprocs=%d clocksource=%s", bytes.TrimSpace(online), len(packages),
+			bytes.TrimSpace(siblings), bytes.TrimSpace(threads), runtime.NumCPU(), bytes.TrimSpace(clock))
+	},
+	"spin": func(say func(string, ...any)) {
+		for i := 0; ; i++ {
+			say("tick %d", i)
+			time.Sleep(10 * time.Millisecond)
+		}
+	},
+}
+
+// newcEntry appends a file to a cpio archive: the kernel's
+// Documentation/driver-api/early-userspace/buffer-format.rst.
+func newcEntry(w *bytes.Buffer, name string, mode, major, minor uint32, body []byte) {
+	fmt.Fprintf(w, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", 0, mode, 0, 0, 1, 0, len(body), 0, 0, major, minor, len(name)+1, 0)
+	pad := func() {
+		for w.Len()%4 != 0 {
+			w.WriteByte(0)
+		}
+	}
+	w.WriteString(name + "\x00")
+	pad()
+	w.Write(body)
+	pad()
+}
+
+func guestInitrd(t *testing.T) *os.File {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var archive bytes.Buffer
+	for _, dir := range []string{"dev", "proc", "sys"} {
+		newcEntry(&archive, dir, unix.S_IFDIR|0o755, 0, 0, nil)
+	}
+	// Go's runtime opens /dev/null when there is no console.
+	newcEntry(&archive, "dev/null", unix.S_IFCHR|0o666, 1, 3, nil)
+	newcEntry(&archive, "init", unix.S_IFREG|0o755, 0, 0, program)
+	newcEntry(&archive, "TRAILER!!!", 0, 0, 0, nil)
+	file, err := os.Create(filepath.Join(t.TempDir(), "initrd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	if _, err := file.Write(archive.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// consoleBuffer collects the debug console.
+type consoleBuffer struct {
+	t  *testing.T
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (c *consoleBuffer) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if os.Getenv("MICROVM_TEST_CONSOLE") != "" {
+		os.Stderr.Write(p)
+	}
+	return c.b.Write(p)
+}
+
+func (c *consoleBuffer) String() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.b.String()
+}
+
+// guestKernel is the kernel to boot: MICROVM_KERNEL or bin/vmlinux.
+func guestKernel(t *testing.T) *os.File {
+	t.Helper()
+	path := os.Getenv("MICROVM_KERNEL")
+	if path == "" {
+		path = "../../bin/vmlinux"
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	return file
+}
+
+func openKVM(t *testing.T) *os.File {
+	t.Helper()
+	file, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	return file
+}
+
+func guestConfig(t *testing.T, action string) (Config, *consoleBuffer) {
+	console := &consoleBuffer{t: t}
+	return Config{
+		KVM: openKVM(t), Kernel: guestKernel(t), Initrd: guestInitrd(t),
+		CommandLine:  "earlyprintk=ttyS0 console=ttyS0 panic=-1 guest.do=" + action + " " + os.Getenv("MICROVM_TEST_APPEND"),
+		MemoryBytes:  256 << 20,
+		VCPUs:        1,
+		DebugConsole: console,
+		Log:          slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		Phase:        func(name string) { fmt.Fprintf(os.Stderr, "phase %s\n", name) },
+	}, console
+}
+
+func runGuest(t *testing.T, c Config) Exit {
+	t.Helper()
+	start := time.Now()
+	m, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := time.Since(start)
+	watchdog := time.AfterFunc(3*time.Minute, m.Stop)
+	defer watchdog.Stop()
+	exit, err := m.Run()
+	if err != nil {
+		t.Error(err)
+	}
+	t.Logf("New %v, Run %v, exit %v %s", made, time.Since(start)-made, exit.Reason, exit.Detail)
+	for i := range m.vcpus {
+		t.Logf("vCPU %d: %v", i, exitCounts(m.vcpus[i]))
+	}
+	return exit
+}
+
+func exitCounts(v *vcpu) string {
+	var s []string
+	for i, name := range exitCounterNames {
+		s = append(s, name+"="+strconv.FormatUint(v.exits[i].Load(), 10))
+	}
+	return strings.Join(s, " ")
+}
+
+func TestGuestExits(t *testing.T) {
+	for action, want := range map[string]ExitReason{
+		"poweroff": ExitPowerOff, "reset": ExitReset, "panic": ExitPanic, "exit": ExitPanic,
+	} {
+		t.Run(action, func(t *testing.T) {
+			c, console := guestConfig(t, action)
+			if exit := runGuest(t, c); exit.Reason != want {
+				t.Errorf("exit %+v, want %v; console:\n%s", exit, want, console)
+			}
+			if !strings.Contains(console.String(), "guest: userspace") {
+				t.Errorf("userspace was not reached; console:\n%s", console)
+			}
+		})
+	}
+}

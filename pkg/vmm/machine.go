@@ -1,0 +1,419 @@
+// Package vmm is the virtual machine: guest memory, processors, the PCI bus
+// with its devices, and what Linux needs to boot on them directly.
+package vmm
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/kvm"
+	"github.com/microvm-runtime/microvm/pkg/vmm/eventfd"
+	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
+	"github.com/microvm-runtime/microvm/pkg/vmm/pci"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiopci"
+)
+
+// MaxVCPUs is the greatest number of processors a machine can have.
+const MaxVCPUs = 32
+
+// Config describes a machine. The files and devices stay the caller's, and must
+// last as long as the machine.
+type Config struct {
+	// KVM is /dev/kvm, open for reading and writing.
+	KVM *os.File
+	// Kernel is an uncompressed vmlinux. It is read by New only.
+	Kernel *os.File
+	// Initrd is an initial RAM disk, nil for none. It is read by New only.
+	Initrd *os.File
+	// CommandLine is the kernel's.
+	CommandLine string
+	// MemoryBytes is the guest's RAM: a multiple of 1 MiB, 32 MiB at least. What
+	// the guest does not touch costs nothing.
+	MemoryBytes uint64
+	// VCPUs is the number of processors, 1 to MaxVCPUs.
+	VCPUs int
+	// Pmem are files the guest has as /dev/pmem0 and so on.
+	Pmem []PmemConfig
+	// Devices are put on the PCI bus in this order, after Pmem.
+	Devices []virtio.Device
+	// DebugConsole takes what the kernel writes to the debug UART (ttyS0); nil:
+	// there is no such UART. A slow writer holds up the guest.
+	DebugConsole io.Writer
+	// Log takes the machine's messages; what a guest can cause is limited in
+	// rate.
+	Log *slog.Logger
+	// Phase is called when the machine reaches "kernel-loaded" and
+	// "vcpus-running", once each. It may be nil.
+	Phase func(name string)
+}
+
+// What the vCPUs are to do.
+type want int
+
+const (
+	wantRunning want = iota
+	wantPaused
+	wantEnded
+)
+
+// Machine is a virtual machine. New makes it, Run runs it and takes it apart
+// again; the other methods may be called from any goroutine.
+type Machine struct {
+	log   *slog.Logger
+	phase func(string)
+
+	vm       *kvm.VM
+	physBits int
+	memory   *memory.Memory
+	mappings []*mapping
+	nextSlot uint32
+	highEnd  memory.GuestAddress // first address above everything that has memory
+
+	pci        *pci.Bus
+	transports []*virtiopci.Transport
+	addresses  map[virtio.Device]pci.Address
+	uart       *uart
+	vcpus      []*vcpu
+
+	ended chan struct{} // closed when exit is set
+	acks  chan struct{} // a vCPU parked or ended
+
+	mu      sync.Mutex // protects what follows and the vCPUs' tid and parked
+	resumed *sync.Cond // want changed
+	want    want
+	started bool
+	exit    Exit
+}
+
+// New makes a machine that is ready to run. Run must follow: it gives back what
+// New took.
+func New(c Config) (_ *Machine, err error) {
+	if c.VCPUs < 1 || c.VCPUs > MaxVCPUs {
+		return nil, fmt.Errorf("%d vCPUs: a machine has 1 to %d", c.VCPUs, MaxVCPUs)
+	}
+	m := &Machine{
+		log:       slog.New(limitRate(c.Log.Handler())),
+		phase:     c.Phase,
+		memory:    &memory.Memory{},
+		pci:       pci.NewBus(pci.Window{Start: pciWindowAddr, Size: pciWindowSize}),
+		addresses: make(map[virtio.Device]pci.Address),
+		ended:     make(chan struct{}),
+		acks:      make(chan struct{}, 1),
+	}
+	m.resumed = sync.NewCond(&m.mu)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.close())
+		}
+	}()
+	system, err := kvm.NewSystem(c.KVM)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.createVM(system); err != nil {
+		return nil, err
+	}
+	cpuid, err := system.GetSupportedCPUID()
+	if err != nil {
+		return nil, err
+	}
+	m.physBits = physicalAddressBits(cpuid)
+	if err := m.addMemory(c.MemoryBytes); err != nil {
+		return nil, err
+	}
+	entry, err := m.load(c)
+	if err != nil {
+		return nil, err
+	}
+	m.reached("kernel-loaded")
+	if err := m.addDevices(c); err != nil {
+		return nil, err
+	}
+	deadline, err := system.CheckExtension(kvm.CapTSCDeadlineTimer)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.createVCPUs(c.VCPUs, cpuid, deadline > 0, entry); err != nil {
+		return nil, err
+	}
+	if c.DebugConsole != nil {
+		m.uart = &uart{out: c.DebugConsole}
+	}
+	return m, nil
+}
+
+// neededCaps is what a machine cannot do without, with what to call it.
+var neededCaps = []struct {
+	capability int
+	name       string
+}{
+	{kvm.CapUserMemory, "user memory"},
+	{kvm.CapReadonlyMem, "read-only memory slots"},
+	{kvm.CapSplitIRQChip, "split interrupt controller"},
+	{kvm.CapSignalMSI, "message-signalled interrupts"},
+	{kvm.CapIOEventFD, "ioeventfd"},
+	{kvm.CapIOEventFDAnyLength, "ioeventfd of any length"},
+	{kvm.CapImmediateExit, "immediate exit"},
+}
+
+// createVM makes the virtual machine and the part of its interrupt controller
+// that is not in the vCPUs: none. With the split controller KVM emulates only
+// the local APICs; an I/O APIC would be ours, and as every interrupt is a
+// message, the machine has none.
+func (m *Machine) createVM(system *kvm.System) error {
+	for _, c := range neededCaps {
+		n, err := system.CheckExtension(c.capability)
+		if err != nil {
+			return err
+		}
+		if n <= 0 {
+			return fmt.Errorf("this kernel's KVM has no %s (capability %d)", c.name, c.capability)
+		}
+	}
+	var err error
+	if m.vm, err = system.CreateVM(); err != nil {
+		return err
+	}
+	if err := m.vm.SetIdentityMapAddr(kvmIdentityMapAddr); err != nil {
+		return err
+	}
+	if err := m.vm.SetTSSAddr(kvmTSSAddr); err != nil {
+		return err
+	}
+	const ioapicRoutes = 0
+	return m.vm.EnableCap(kvm.CapSplitIRQChip, ioapicRoutes)
+}
+
+// addDevices fills the PCI bus.
+func (m *Machine) addDevices(c Config) error {
+	var devices []virtio.Device
+	for _, p := range c.Pmem {
+		d, err := m.addPmem(p)
+		if err != nil {
+			return err
+		}
+		devices = append(devices, d)
+	}
+	for _, d := range append(devices, c.Devices...) {
+		t, err := virtiopci.New(virtiopci.Config{
+			Device:           d,
+			Memory:           m.memory,
+			SendMSI:          m.sendMSI,
+			AssignDoorbell:   m.assignDoorbell,
+			DeassignDoorbell: m.deassignDoorbell,
+			Log:              m.log.With("virtio-type", d.Type()),
+		})
+		if err != nil {
+			return err
+		}
+		m.transports = append(m.transports, t)
+		addr, err := m.pci.Add(t.Function())
+		if err != nil {
+			return err
+		}
+		m.addresses[d] = addr
+	}
+	f, err := newPVPanic(func() { m.finish(Exit{Reason: ExitPanic}) })
+	if err != nil {
+		return err
+	}
+	_, err = m.pci.Add(f)
+	return err
+}
+
+// sendMSI delivers an interrupt message. The ioctl does at once what an irqfd
+// does, without a descriptor and a route for each vector, whose table KVM
+// replaces as a whole, and slowly, for each change.
+func (m *Machine) sendMSI(addr uint64, data uint32) {
+	_, err := m.vm.SignalMSI(kvm.MSI{AddressLo: uint32(addr), AddressHi: uint32(addr >> 32), Data: data})
+	if err != nil {
+		m.log.Warn("guest asked for an interrupt message that cannot be sent", "address", addr, "data", data, "error", err)
+	}
+}
+
+func (m *Machine) assignDoorbell(addr uint64, kick *eventfd.EventFD) error {
+	return m.vm.IOEventFD(kvm.IOEventFD{Addr: addr, FD: int32(kick.FD())})
+}
+
+func (m *Machine) deassignDoorbell(addr uint64, kick *eventfd.EventFD) error {
+	return m.vm.IOEventFD(kvm.IOEventFD{Addr: addr, FD: int32(kick.FD()), Flags: kvm.IOEventFDDeassign})
+}
+
+// PCIAddress is where the guest finds a device of Config.Devices:
+// "0000:00:03.0"; "" for a device that is not on the bus.
+func (m *Machine) PCIAddress(d virtio.Device) string {
+	addr, ok := m.addresses[d]
+	if !ok {
+		return ""
+	}
+	return addr.String()
+}
+
+func (m *Machine) reached(phase string) {
+	if m.phase != nil {
+		m.phase(phase)
+	}
+}
+
+// Run runs the machine until it ends and takes it apart. The error is not nil
+// exactly when the reason is ExitError. Run is called once.
+func (m *Machine) Run() (Exit, error) {
+	m.mu.Lock()
+	if m.started {
+		m.mu.Unlock()
+		return Exit{ExitError, "Run was called twice"}, errors.New("machine: Run was called twice")
+	}
+	m.started = true
+	m.mu.Unlock()
+
+	var running sync.WaitGroup
+	m.reached("vcpus-running")
+	for _, v := range m.vcpus {
+		running.Go(v.run)
+	}
+	<-m.ended
+	m.kick(wantEnded)
+	running.Wait()
+	closeErr := m.close()
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.exit.Reason == ExitError {
+		return m.exit, fmt.Errorf("machine: %s", m.exit.Detail)
+	}
+	if closeErr != nil {
+		m.log.Error("machine was not taken apart cleanly", "error", closeErr)
+	}
+	return m.exit, nil
+}
+
+// Stop ends the machine with ExitStopped, unless it has ended already. It does
+// not wait.
+func (m *Machine) Stop() { m.finish(Exit{Reason: ExitStopped}) }
+
+// finish ends the machine. The first reason counts.
+func (m *Machine) finish(e Exit) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.want == wantEnded {
+		return
+	}
+	m.want = wantEnded
+	m.exit = e
+	m.resumed.Broadcast()
+	close(m.ended)
+}
+
+// errEnded is what Pause and Resume say about a machine that has ended.
+var errEnded = errors.New("machine has ended")
+
+// Pause takes the vCPUs out of the guest and returns when all are out, with
+// every access of theirs complete. Devices finish what they have. Pausing a
+// paused machine does nothing.
+func (m *Machine) Pause() error {
+	m.mu.Lock()
+	if m.want == wantEnded {
+		m.mu.Unlock()
+		return errEnded
+	}
+	m.want = wantPaused
+	m.mu.Unlock()
+	m.kick(wantPaused)
+	return nil
+}
+
+// Resume lets the vCPUs run again.
+func (m *Machine) Resume() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.want == wantEnded {
+		return errEnded
+	}
+	m.want = wantRunning
+	m.resumed.Broadcast()
+	return nil
+}
+
+// kick takes every vCPU out of the guest and returns when all have answered, or
+// when the machine is wanted in another state than w. A vCPU's thread may be
+// anywhere: immediate_exit catches it before KVM_RUN, the signal inside. As a
+// signal may come in between, it is sent again until it is answered.
+func (m *Machine) kick(w want) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for m.want == w {
+		waiting := false
+		for _, v := range m.vcpus {
+			if v.tid == 0 || v.parked {
+				continue
+			}
+			waiting = true
+			v.kvm.SetImmediateExit(true)
+			if err := unix.Tgkill(unix.Getpid(), v.tid, kickSignal); err != nil {
+				m.log.Error("vCPU cannot be kicked", "vcpu", v.id, "error", err)
+			}
+		}
+		if !waiting {
+			return
+		}
+		m.mu.Unlock()
+		select {
+		case <-m.acks:
+		case <-time.After(time.Millisecond):
+		}
+		m.mu.Lock()
+	}
+}
+
+// ack tells kick that a vCPU has left the guest. Called with m.mu held.
+func (m *Machine) ack() {
+	select {
+	case m.acks <- struct{}{}:
+	default:
+	}
+}
+
+// VCPUStats returns the statistics of each vCPU.
+func (m *Machine) VCPUStats() ([]VCPUStats, error) {
+	stats := make([]VCPUStats, len(m.vcpus))
+	var errs error
+	for i, v := range m.vcpus {
+		var err error
+		if stats[i], err = v.readStats(); err != nil {
+			errs = errors.Join(errs, fmt.Errorf("vCPU %d: %w", i, err))
+		}
+	}
+	return stats, errs
+}
+
+// close gives back what New took. Nothing of the machine runs any more.
+func (m *Machine) close() error {
+	var errs []error
+	for _, t := range m.transports {
+		t.Reset()
+	}
+	for _, v := range m.vcpus {
+		if v.stats != nil {
+			errs = append(errs, v.stats.Close())
+		}
+		errs = append(errs, v.kvm.Close())
+	}
+	if m.vm != nil {
+		errs = append(errs, m.vm.Close())
+	}
+	for _, p := range m.mappings {
+		errs = append(errs, p.unmap())
+	}
+	if m.uart != nil {
+		m.uart.flush()
+	}
+	return errors.Join(errs...)
+}
