@@ -1,0 +1,262 @@
+//go:build privileged
+
+package share
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+)
+
+// The tests run in a mount namespace of their own, as the shim does, and have
+// the one they came from as the host's.
+func TestMain(m *testing.M) {
+	const inside = "SHARE_TEST_HOST_NAMESPACE"
+	if os.Getenv(inside) != "" {
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(m.Run())
+	}
+	host, err := os.Open("/proc/self/ns/mnt")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), inside+"=3")
+	cmd.ExtraFiles = []*os.File{host}
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
+	if err := cmd.Run(); err != nil {
+		os.Exit(1)
+	}
+}
+
+func hostNamespace() *os.File { return os.NewFile(3, "host") }
+
+// files makes a directory with these files, each with its name in it.
+func files(t *testing.T, names ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, name := range names {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func newTree(t *testing.T) *Tree {
+	t.Helper()
+	tree, err := New(filepath.Join(t.TempDir(), "shared"), hostNamespace())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := tree.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(tree.path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the mount point is left: %v", err)
+		}
+	})
+	return tree
+}
+
+func read(t *testing.T, tree *Tree, name, want string) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(tree.path, name))
+	if err != nil || string(data) != want {
+		t.Errorf("%s: %q, %v", name, data, err)
+	}
+}
+
+func mountsBelow(t *testing.T, path string) int {
+	t.Helper()
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(data), " "+path+"/")
+}
+
+func TestTree(t *testing.T) {
+	tree := newTree(t)
+	lower, upper, work := files(t, "etc/lower"), t.TempDir(), t.TempDir()
+	source := files(t, "file", "dir/inner")
+	err := tree.Add("c1", Rootfs{Mounts: []mount.Mount{{
+		Type: "overlay", Source: "overlay",
+		Options: []string{"lowerdir=" + lower, "upperdir=" + upper, "workdir=" + work},
+	}}}, []guestspec.Mount{
+		{Source: source + "/dir", Recursive: true},
+		{Source: source + "/file", File: true, ReadOnly: true},
+		{Source: "tmpfs", Type: "tmpfs", Options: []string{"size=1m"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	read(t, tree, "c1/rootfs/etc/lower", "etc/lower")
+	read(t, tree, "c1/mounts/0/inner", "dir/inner")
+	read(t, tree, "c1/mounts/1", "file")
+	for name, want := range map[string]error{
+		"c1/rootfs/new":   nil,
+		"c1/mounts/0/new": nil,
+		"c1/mounts/2/new": nil,
+		"c1/mounts/1":     unix.EROFS,
+		"new":             unix.EROFS, // the tree itself
+		"c1/mounts/new":   unix.EROFS,
+	} {
+		if err := os.WriteFile(filepath.Join(tree.path, name), nil, 0o644); !errors.Is(err, want) {
+			t.Errorf("write %s: %v, want %v", name, err, want)
+		}
+	}
+	if err := tree.Add("c1", Rootfs{Path: source}, nil); err == nil {
+		t.Error("added twice")
+	}
+	// Something holds a file open.
+	f, err := os.Open(filepath.Join(tree.path, "c1/rootfs/etc/lower"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := tree.Remove("c1"); err != nil {
+		t.Error(err)
+	}
+	if err := tree.Remove("c1"); err != nil {
+		t.Errorf("again: %v", err)
+	}
+	if n := mountsBelow(t, tree.path); n != 0 {
+		t.Errorf("%d mounts left", n)
+	}
+	entries, err := os.ReadDir(tree.path)
+	if err != nil || len(entries) != 0 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+	if _, err := os.Stat(filepath.Join(source, "file")); err != nil {
+		t.Error(err)
+	}
+	// The same id again, from a directory.
+	if err := tree.Add("c1", Rootfs{Path: source}, nil); err != nil {
+		t.Fatal(err)
+	}
+	read(t, tree, "c1/rootfs/file", "file")
+}
+
+// A mount made on the host after the shim started is found, with what is
+// mounted below it; read-only goes as deep as it was asked to.
+func TestMountsOfTheHost(t *testing.T) {
+	tree := newTree(t)
+	source := files(t, "sub/hidden")
+	err := in(hostNamespace(), func() error {
+		for _, dir := range []string{source, filepath.Join(source, "sub")} {
+			if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+				return err
+			}
+			if err := os.WriteFile(filepath.Join(dir, "file"), []byte("late"), 0o644); err != nil {
+				return err
+			}
+			if err := os.MkdirAll(filepath.Join(dir, "sub"), 0o755); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in(hostNamespace(), func() error { return unix.Unmount(source, unix.MNT_DETACH) })
+	})
+	err = tree.Add("c1", Rootfs{Path: source}, []guestspec.Mount{
+		{Source: source, Recursive: true},
+		{Source: source},
+		{Source: source, Recursive: true, ReadOnly: true},
+		{Source: source, Recursive: true, RecursiveReadOnly: true},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	read(t, tree, "c1/rootfs/sub/file", "late")
+	read(t, tree, "c1/mounts/0/sub/file", "late")
+	if _, err := os.Stat(filepath.Join(tree.path, "c1/mounts/1/sub/file")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("below a mount that is not recursive: %v", err)
+	}
+	for name, want := range map[string]error{
+		"c1/mounts/0/w":     nil,
+		"c1/mounts/0/sub/w": nil,
+		"c1/mounts/2/w":     unix.EROFS,
+		"c1/mounts/2/sub/w": nil,
+		"c1/mounts/3/w":     unix.EROFS,
+		"c1/mounts/3/sub/w": unix.EROFS,
+	} {
+		if err := os.WriteFile(filepath.Join(tree.path, name), nil, 0o644); !errors.Is(err, want) {
+			t.Errorf("write %s: %v, want %v", name, err, want)
+		}
+	}
+}
+
+func TestFailedAddLeavesNothing(t *testing.T) {
+	tree := newTree(t)
+	source := files(t, "file")
+	for name, add := range map[string]func() error{
+		"no rootfs":   func() error { return tree.Add("c1", Rootfs{Path: "/nonexistent"}, nil) },
+		"rootfs file": func() error { return tree.Add("c1", Rootfs{Path: source + "/file"}, nil) },
+		"no directory": func() error {
+			return tree.Add("c1", Rootfs{Path: source}, []guestspec.Mount{{Source: source}, {Source: "/nonexistent"}})
+		},
+		"file over directory": func() error {
+			return tree.Add("c1", Rootfs{Path: source}, []guestspec.Mount{{Source: source + "/file"}})
+		},
+		"bad overlay": func() error {
+			return tree.Add("c1", Rootfs{Mounts: []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=/nonexistent"}}}}, nil)
+		},
+		"unknown file system": func() error {
+			return tree.Add("c1", Rootfs{Path: source}, []guestspec.Mount{{Source: "x", Type: "nonsense"}})
+		},
+	} {
+		if err := add(); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		if n := mountsBelow(t, tree.path); n != 0 {
+			t.Errorf("%s: %d mounts left", name, n)
+		}
+		if entries, err := os.ReadDir(tree.path); err != nil || len(entries) != 0 {
+			t.Errorf("%s: left %v, %v", name, entries, err)
+		}
+	}
+}
+
+// Nothing that the tree mounts appears on the host.
+func TestHostSeesNothing(t *testing.T) {
+	tree := newTree(t)
+	if err := tree.Add("c1", Rootfs{Path: files(t, "file")}, nil); err != nil {
+		t.Fatal(err)
+	}
+	err := in(hostNamespace(), func() error {
+		data, err := os.ReadFile("/proc/thread-self/mountinfo")
+		if err == nil && strings.Contains(string(data), tree.path) {
+			t.Error("mounted on the host")
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}

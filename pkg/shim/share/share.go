@@ -1,0 +1,306 @@
+// Package share builds the directory tree that a sandbox's guest sees: for
+// each container its root file system and what is bound into it. The tree is
+// mounted in the shim's own mount namespace, so that nothing of it stays on
+// the host however the shim ends.
+//
+//	<container id>/rootfs
+//	<container id>/mounts/<n>
+//
+// The directories of the tree itself are read-only for the guest.
+package share
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+)
+
+// Tree is a mounted tree. Its methods may be called concurrently.
+type Tree struct {
+	path string
+	host *os.File
+
+	mu sync.Mutex
+	// writable is the same file system as the one mounted at path, but not
+	// read-only and not reachable by any path.
+	writable   *os.File
+	containers map[string]*content
+}
+
+// content is what there is of a container, relative to the tree's path and in
+// the order it was made.
+type content struct {
+	points []point
+	mounts []string
+}
+
+// point is a directory, or a file to mount a file on.
+type point struct {
+	name string
+	file bool
+}
+
+// Rootfs says where a container's root file system comes from.
+type Rootfs struct {
+	// Mounts are the snapshotter's.
+	Mounts []mount.Mount
+	// Path is used when there are none: a directory of the host.
+	Path string
+}
+
+// New mounts a tree at path, which is made. host is the mount namespace in
+// which sources are looked up: mounts that are made there later need not
+// appear in the shim's own. It stays the caller's; nil is the caller's own
+// namespace.
+func New(path string, host *os.File) (_ *Tree, err error) {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return nil, fmt.Errorf("shared directory: %w", err)
+	}
+	// It holds directories and mount points only.
+	if err := unix.Mount("microvm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0755,size=4m,nr_inodes=16k"); err != nil {
+		return nil, fmt.Errorf("mount shared directory %s: %w", path, err)
+	}
+	defer func() {
+		if err != nil {
+			unix.Unmount(path, unix.MNT_DETACH)
+		}
+	}()
+	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("clone shared directory: %w", err)
+	}
+	writable := os.NewFile(uintptr(fd), path)
+	err = unix.MountSetattr(unix.AT_FDCWD, path, 0, &unix.MountAttr{
+		Attr_set:    unix.MOUNT_ATTR_RDONLY,
+		Propagation: unix.MS_PRIVATE,
+	})
+	if err != nil {
+		writable.Close()
+		return nil, fmt.Errorf("make shared directory read-only: %w", err)
+	}
+	return &Tree{path: path, host: host, writable: writable, containers: map[string]*content{}}, nil
+}
+
+// Open opens the root of the tree for a file server, as O_PATH.
+func (t *Tree) Open() (*os.File, error) {
+	f, err := os.OpenFile(t.path, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("shared directory: %w", err)
+	}
+	return f, nil
+}
+
+// Add mounts what a container needs. On an error nothing of it is left. id is
+// a valid identifier, see containerd's identifiers package.
+func (t *Tree) Add(id string, rootfs Rootfs, mounts []guestspec.Mount) (err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.containers[id] != nil {
+		return fmt.Errorf("container %s is in the shared directory already", id)
+	}
+	c := &content{}
+	t.containers[id] = c
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.remove(id))
+		}
+	}()
+	root := filepath.Join(id, guestspec.RootfsName)
+	for _, dir := range []string{id, root, filepath.Join(id, guestspec.MountsName)} {
+		if err := t.makePoint(c, point{name: dir}); err != nil {
+			return err
+		}
+	}
+	if err := t.addRootfs(c, root, rootfs); err != nil {
+		return fmt.Errorf("root file system: %w", err)
+	}
+	for n, m := range mounts {
+		if err := t.addMount(c, filepath.Join(id, guestspec.MountsName, strconv.Itoa(n)), m); err != nil {
+			return fmt.Errorf("mount %s: %w", m.Source, err)
+		}
+	}
+	return nil
+}
+
+func (t *Tree) addRootfs(c *content, target string, rootfs Rootfs) error {
+	if len(rootfs.Mounts) == 0 {
+		info, err := os.Stat(rootfs.Path)
+		if err != nil {
+			return err
+		}
+		if !info.IsDir() {
+			return fmt.Errorf("%s is not a directory", rootfs.Path)
+		}
+		return t.bind(c, target, guestspec.Mount{Source: rootfs.Path, Recursive: true})
+	}
+	c.mounts = append(c.mounts, target)
+	return mount.All(rootfs.Mounts, filepath.Join(t.path, target))
+}
+
+func (t *Tree) addMount(c *content, target string, m guestspec.Mount) error {
+	if err := t.makePoint(c, point{name: target, file: m.File}); err != nil {
+		return err
+	}
+	if m.Type == "" {
+		return t.bind(c, target, m)
+	}
+	c.mounts = append(c.mounts, target)
+	fs := mount.Mount{Type: m.Type, Source: m.Source, Options: m.Options}
+	return fs.Mount(filepath.Join(t.path, target))
+}
+
+func (t *Tree) makePoint(c *content, p point) error {
+	root := int(t.writable.Fd())
+	if p.file {
+		fd, err := unix.Openat(root, p.name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return fmt.Errorf("make %s: %w", p.name, err)
+		}
+		unix.Close(fd)
+	} else if err := unix.Mkdirat(root, p.name, 0o755); err != nil {
+		return fmt.Errorf("make %s: %w", p.name, err)
+	}
+	c.points = append(c.points, p)
+	return nil
+}
+
+// bind makes the source, as it is now in the host's mount namespace, appear at
+// target. What is mounted below it on the host later appears as well, where
+// the host's mounts are shared.
+func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
+	var recursive uint
+	if m.Recursive {
+		recursive = unix.AT_RECURSIVE
+	}
+	var fd int
+	err := in(t.host, func() (err error) {
+		fd, err = unix.OpenTree(unix.AT_FDCWD, m.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|recursive)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("open_tree: %w", err)
+	}
+	defer unix.Close(fd)
+	for _, change := range []struct {
+		needed bool
+		flags  uint
+		attr   unix.MountAttr
+	}{
+		{true, unix.AT_RECURSIVE, unix.MountAttr{Propagation: unix.MS_SLAVE}},
+		{m.ReadOnly, 0, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
+		{m.RecursiveReadOnly, unix.AT_RECURSIVE, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
+	} {
+		if !change.needed {
+			continue
+		}
+		if err := unix.MountSetattr(fd, "", change.flags|unix.AT_EMPTY_PATH, &change.attr); err != nil {
+			return fmt.Errorf("mount_setattr: %w", err)
+		}
+	}
+	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, filepath.Join(t.path, target), unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("move_mount: %w", err)
+	}
+	c.mounts = append(c.mounts, target)
+	return nil
+}
+
+// in runs f in another mount namespace, on a thread that ends with it.
+func in(namespace *os.File, f func() error) error {
+	if namespace == nil {
+		return f()
+	}
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good
+		// A thread that shares its working directory with others cannot
+		// change the namespace that it is in.
+		err := unix.Unshare(unix.CLONE_FS)
+		if err == nil {
+			err = unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNS)
+		}
+		if err != nil {
+			result <- fmt.Errorf("enter the host's mount namespace: %w", err)
+			return
+		}
+		result <- f()
+	}()
+	return <-result
+}
+
+// Remove unmounts what Add has mounted. A file system that the guest still
+// holds open is unmounted as soon as it does not.
+func (t *Tree) Remove(id string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.remove(id)
+}
+
+func (t *Tree) remove(id string) error {
+	c := t.containers[id]
+	if c == nil {
+		return nil
+	}
+	for len(c.mounts) > 0 {
+		last := len(c.mounts) - 1
+		if err := unmount(filepath.Join(t.path, c.mounts[last])); err != nil {
+			return err
+		}
+		c.mounts = c.mounts[:last]
+	}
+	// The mount points are empty now. Should one not be, it is not ours.
+	for len(c.points) > 0 {
+		p := c.points[len(c.points)-1]
+		flags := unix.AT_REMOVEDIR
+		if p.file {
+			flags = 0
+		}
+		if err := unix.Unlinkat(int(t.writable.Fd()), p.name, flags); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove %s: %w", p.name, err)
+		}
+		c.points = c.points[:len(c.points)-1]
+	}
+	delete(t.containers, id)
+	return nil
+}
+
+// unmount takes away all that is mounted at path, one on top of another.
+func unmount(path string) error {
+	for {
+		err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EBUSY) {
+			err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		}
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return nil // not mounted
+		}
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+	}
+}
+
+// Close unmounts everything and removes the mount point.
+func (t *Tree) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for id := range t.containers {
+		errs = append(errs, t.remove(id))
+	}
+	t.writable.Close()
+	errs = append(errs, unmount(t.path))
+	if err := os.Remove(t.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
