@@ -327,31 +327,3 @@ func (q *Queue) Close() {
 	// Wait already.
 	_ = q.kick.Signal()
 }
-
-// Serve runs the loop of a queue's goroutine until the queue is closed: for
-// every chain it calls handle, completes the chain with the bytes written, and
-// interrupts the driver. When handle returns done == false, it keeps the chain
-// and is responsible for Complete and Flush. When the driver breaks the ring,
-// Serve calls fail and returns.
-func Serve(q *Queue, fail func(error), handle func(*Chain) (written uint32, done bool)) {
-	for {
-		c, err := q.Next()
-		if err != nil {
-			fail(err)
-			return
-		}
-		if c == nil {
-			if err := q.Wait(); err != nil {
-				if !errors.Is(err, ErrClosed) {
-					fail(err)
-				}
-				return
-			}
-			continue
-		}
-		if written, done := handle(c); done {
-			q.Complete(c, written)
-			q.Flush()
-		}
-	}
-}

@@ -27,6 +27,7 @@ func untouched(t *testing.T, n int) []byte {
 // a pool of workers that finish in any order.
 type echo struct {
 	workers int
+	pool    bool // of ServeConcurrently
 	size    uint16
 
 	stopped sync.WaitGroup
@@ -47,6 +48,10 @@ func (e *echo) Activate(a virtio.Activation) error {
 			n += uint64(c.CopyOut(b, n))
 		}
 		return uint32(n)
+	}
+	if e.pool {
+		e.stopped.Go(func() { virtio.ServeConcurrently(q, e.workers, a.Fail, answer) })
+		return nil
 	}
 	jobs := make(chan *virtio.Chain, q.Size())
 	e.jobs = jobs
@@ -74,13 +79,13 @@ func (e *echo) Activate(a virtio.Activation) error {
 func (e *echo) Reset() { e.stopped.Wait() }
 
 func TestServe(t *testing.T) {
-	for _, workers := range []int{0, 4} {
+	for _, device := range []*echo{{workers: 0}, {workers: 4}, {workers: 4, pool: true}} {
 		for name, features := range map[string]uint64{
 			"plain": virtio.FeatureVersion1, "event index": virtio.FeatureVersion1 | virtio.FeatureEventIdx,
 			"indirect": virtio.FeatureVersion1 | virtio.FeatureIndirectDesc, "both": virtiotest.RingFeatures,
 		} {
-			t.Run(fmt.Sprintf("%s/%d workers", name, workers), func(t *testing.T) {
-				d := virtiotest.NewDriver(t, &echo{workers: workers, size: 16}, virtiotest.Options{Features: features})
+			t.Run(fmt.Sprintf("%s/%d workers, pool %v", name, device.workers, device.pool), func(t *testing.T) {
+				d := virtiotest.NewDriver(t, &echo{workers: device.workers, pool: device.pool, size: 16}, virtiotest.Options{Features: features})
 				for range 2 { // before and after a reset
 					var senders sync.WaitGroup
 					for s := range 4 {
@@ -107,7 +112,7 @@ func TestServe(t *testing.T) {
 }
 
 func TestServeFailsOnce(t *testing.T) {
-	d := virtiotest.NewDriver(t, &echo{size: 16}, virtiotest.Options{MayFail: true})
+	d := virtiotest.NewDriver(t, &echo{size: 16, workers: 3, pool: true}, virtiotest.Options{MayFail: true})
 	d.Rings[0].Push(16)
 	d.Kick(0)
 	if err := d.Failed(); !strings.Contains(err.Error(), "head 16 of 16") {
@@ -123,12 +128,14 @@ func TestServeFailsOnce(t *testing.T) {
 // A reset with requests in flight: Reset returns when the workers are done, and
 // the driver (which overwrites all memory then) sees no late access.
 func TestResetWithRequestsInFlight(t *testing.T) {
-	d := virtiotest.NewDriver(t, &echo{workers: 3, size: 64}, virtiotest.Options{})
-	for range 20 {
-		for range 50 {
-			d.Send(0, [][]byte{make([]byte, 512)}, []int{512})
+	for _, pool := range []bool{false, true} {
+		d := virtiotest.NewDriver(t, &echo{workers: 3, pool: pool, size: 64}, virtiotest.Options{})
+		for range 20 {
+			for range 50 {
+				d.Send(0, [][]byte{make([]byte, 512)}, []int{512})
+			}
+			d.Reset()
+			d.Activate()
 		}
-		d.Reset()
-		d.Activate()
 	}
 }

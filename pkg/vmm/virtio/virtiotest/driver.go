@@ -163,8 +163,8 @@ func (d *Driver) Kick(queue int) {
 }
 
 // Reset does what the transport does when the driver resets the device: it
-// closes the queues, calls Device.Reset and closes the eventfds. Requests in
-// flight are lost. Then all of guest memory is overwritten: under the race
+// closes the queues, calls Device.Reset and closes the eventfds. Requests that
+// nobody has waited for are lost. Then all of guest memory is overwritten: under the race
 // detector this finds a goroutine of the device's that still uses it.
 func (d *Driver) Reset() {
 	if d.queues == nil {
@@ -223,6 +223,9 @@ func (d *Driver) Prepare(queue int, readable [][]byte, writableLens []int) *Requ
 			d.Memory.SetDesc(r.table, uint16(i), b)
 		}
 	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.live[r] = true
 	return r
 }
 
@@ -279,11 +282,18 @@ func (r *Request) Wait(t testing.TB) (written uint32, out [][]byte) {
 			out = append(out, append([]byte{}, r.queue.ring.Mem.Slice(b.Addr, int(b.Len))...))
 		}
 	}
+	r.queue.mu.Lock()
+	defer r.queue.mu.Unlock()
 	r.free()
 	return written, out
 }
 
+// free gives back the request's memory, once. queue.mu is held.
 func (r *Request) free() {
+	if !r.queue.live[r] {
+		return
+	}
+	delete(r.queue.live, r)
 	m := r.queue.ring.Mem
 	for _, b := range r.buffers {
 		m.Free(b.Addr, int(b.Len))
@@ -309,8 +319,9 @@ type queue struct {
 	mu       sync.Mutex
 	room     sync.Cond // more free descriptors, or reset
 	reset    bool
-	free     []uint16   // descriptors
-	inFlight []*Request // by head
+	free     []uint16          // descriptors
+	inFlight []*Request        // by head
+	live     map[*Request]bool // whose memory is not freed
 	lastUsed uint16
 }
 
@@ -320,7 +331,7 @@ func newQueue(t testing.TB, r *Ring, features uint64) *queue {
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := &queue{ring: r, eventIdx: features&virtio.FeatureEventIdx != 0, kick: kick, irq: make(chan struct{}, 1), t: t, inFlight: make([]*Request, r.Size)}
+	q := &queue{ring: r, eventIdx: features&virtio.FeatureEventIdx != 0, kick: kick, irq: make(chan struct{}, 1), t: t, inFlight: make([]*Request, r.Size), live: map[*Request]bool{}}
 	q.room.L = &q.mu
 	for i := range r.Size {
 		q.free = append(q.free, r.Size-1-i)
@@ -360,7 +371,6 @@ func (q *queue) submit(r *Request) {
 	}
 	if q.reset {
 		r.done <- false
-		r.free()
 		return
 	}
 	r.heads = append(r.heads[:0], q.free[len(q.free)-need:]...)
@@ -429,9 +439,11 @@ func (q *queue) stop() {
 	for i, r := range q.inFlight {
 		if r != nil {
 			r.done <- false
-			r.free()
 			q.inFlight[i] = nil
 		}
+	}
+	for r := range q.live {
+		r.free()
 	}
 	q.room.Broadcast()
 	q.mu.Unlock()
