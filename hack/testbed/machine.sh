@@ -9,6 +9,7 @@ machine=$1 dir=$2 out=$3 mem=$4 cpus=$5 limit=$6
 view=$dir/view
 mkdir "$view"
 mount --make-rprivate /
+mount -t tmpfs tmpfs /run # virtiofsd leaves pid files there
 bind_ro() { mount --bind "$1" "$view$1" && mount -o remount,bind,ro "$view$1"; }
 bind_ro /
 while read -r _ _ _ _ target _; do
