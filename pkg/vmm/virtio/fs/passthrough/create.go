@@ -1,0 +1,326 @@
+package passthrough
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
+)
+
+// specialBits are put on a new file after it was given to its owner: giving it
+// away clears them, and nobody shall run it with the server's rights before.
+const specialBits = unix.S_ISUID | unix.S_ISGID
+
+// newNode is a node that is being created.
+type newNode struct {
+	dir  *inode
+	name string // in dir, "" for a file without a name
+	kind uint32 // S_IFMT
+	mode uint32 // as the guest asked
+}
+
+// newIn returns the directory in which the request creates something.
+func (s *Server) newIn(r *request) (*inode, unix.Errno) {
+	if r.UID == fuse.NoID || r.GID == fuse.NoID {
+		return nil, unix.EINVAL
+	}
+	if errno := s.inodes.room(); errno != 0 {
+		return nil, errno
+	}
+	return s.inodes.getDir(r.NodeID)
+}
+
+// newEntry calls create, which makes the node with the given permissions, with
+// the caller's umask. Then it gives the node to the caller and replies with its
+// entry.
+func (s *Server) newEntry(r *request, node newNode, umask uint32, create func(dir int, mode uint32) error) (errno unix.Errno) {
+	if node.dir, errno = s.newIn(r); errno != 0 {
+		return errno
+	}
+	defer s.inodes.put(node.dir)
+	errno = s.threads.withUmask(umask, func() error { return create(node.dir.fd, node.mode&^specialBits) })
+	if errno != 0 {
+		return errno
+	}
+	fd, errno := s.inodes.openChild(node.dir.fd, node.name)
+	if errno != 0 {
+		return errno
+	}
+	var st unix.Statx_t
+	if errno := s.give(r, node, fd, &st); errno != 0 {
+		closeFD(fd)
+		return errno
+	}
+	n, errno := s.inodes.add(fd, &st, node.dir, node.name)
+	if errno != 0 {
+		return errno
+	}
+	defer s.inodes.put(n)
+	entry := s.entryOf(n, &st, node.dir)
+	r.reply = entry.Append(r.reply)
+	return 0
+}
+
+// give makes the caller the owner of the new node, which fd is open on, and
+// fills st. If that fails the node is removed.
+func (s *Server) give(r *request, node newNode, fd int, st *unix.Statx_t) unix.Errno {
+	if errno := statFD(fd, st); errno != 0 {
+		return errno
+	}
+	uid, gid := -1, -1
+	if st.Uid != r.UID {
+		uid = int(r.UID)
+	}
+	if st.Gid != r.GID {
+		inherited, errno := s.inheritsGroup(node.dir, st)
+		if errno != 0 {
+			return errno
+		}
+		if !inherited {
+			gid = int(r.GID)
+		}
+	}
+	special := uint32(0)
+	if node.kind == unix.S_IFREG {
+		special = node.mode & specialBits
+	}
+	if uid < 0 && gid < 0 && special == 0 {
+		return 0
+	}
+	// Somebody on the host may have put another node in its place, to have us
+	// give that away.
+	if uint32(st.Mode)&unix.S_IFMT != node.kind || st.Uid != s.uid || node.kind != unix.S_IFDIR && st.Nlink > 1 {
+		return unix.ESTALE
+	}
+	errno := unix.Errno(0)
+	if uid >= 0 || gid >= 0 {
+		errno = chown(fd, uid, gid)
+	}
+	if errno == 0 && special != 0 {
+		errno = s.proc.chmod(fd, uint32(st.Mode)|special)
+	}
+	if errno != 0 {
+		s.discard(node)
+		return errno
+	}
+	return statFD(fd, st)
+}
+
+// inheritsGroup says whether a new node has got its group from its directory,
+// because that is set-gid or the host's mount says so (grpid).
+func (s *Server) inheritsGroup(dir *inode, st *unix.Statx_t) (bool, unix.Errno) {
+	if st.Gid != s.gid {
+		return true, 0
+	}
+	var parent unix.Statx_t
+	errno := statFD(dir.fd, &parent)
+	return parent.Mode&unix.S_ISGID != 0, errno
+}
+
+// discard removes a node that was created but cannot be given to the caller.
+func (s *Server) discard(node newNode) {
+	flags := 0
+	if node.kind == unix.S_IFDIR {
+		flags = unix.AT_REMOVEDIR
+	}
+	if node.name != "" {
+		_ = retry(func() error { return unix.Unlinkat(node.dir.fd, node.name, flags) })
+	}
+}
+
+func (s *Server) mknod(r *request) unix.Errno {
+	in := fuse.DecodeMknodIn(r.args)
+	name, errno := oneName(r.args[fuse.MknodInSize:])
+	if errno != 0 {
+		return errno
+	}
+	kind := in.Mode & unix.S_IFMT
+	dev := 0
+	switch kind {
+	case unix.S_IFREG, unix.S_IFIFO, unix.S_IFSOCK:
+	case unix.S_IFCHR, unix.S_IFBLK:
+		dev = int(unix.Mkdev(fuse.DecodeDev(in.Rdev)))
+	default:
+		return unix.EINVAL
+	}
+	node := newNode{name: name, kind: kind, mode: in.Mode & 0o7777}
+	return s.newEntry(r, node, in.Umask, func(dir int, mode uint32) error {
+		return unix.Mknodat(dir, name, kind|mode, dev)
+	})
+}
+
+func (s *Server) mkdir(r *request) unix.Errno {
+	in := fuse.DecodeMkdirIn(r.args)
+	name, errno := oneName(r.args[fuse.MkdirInSize:])
+	if errno != 0 {
+		return errno
+	}
+	node := newNode{name: name, kind: unix.S_IFDIR, mode: in.Mode & 0o7777}
+	return s.newEntry(r, node, in.Umask, func(dir int, mode uint32) error {
+		return unix.Mkdirat(dir, name, mode)
+	})
+}
+
+func (s *Server) symlink(r *request) unix.Errno {
+	name, rest, errno := cutName(r.args)
+	if errno != 0 {
+		return errno
+	}
+	target, rest, errno := cutString(rest, targetMax)
+	if errno != 0 {
+		return errno
+	}
+	if len(rest) != 0 {
+		return unix.EINVAL
+	}
+	return s.newEntry(r, newNode{name: name, kind: unix.S_IFLNK}, 0, func(dir int, _ uint32) error {
+		return unix.Symlinkat(target, dir, name)
+	})
+}
+
+func (s *Server) link(r *request) unix.Errno {
+	old := fuse.DecodeUint64(r.args)
+	name, errno := oneName(r.args[fuse.LinkInSize:])
+	if errno != 0 {
+		return errno
+	}
+	n, errno := s.inodes.get(old)
+	if errno != 0 {
+		return errno
+	}
+	defer s.inodes.put(n)
+	if n.kind == unix.S_IFDIR {
+		return unix.EPERM
+	}
+	dir, errno := s.inodes.getDir(r.NodeID)
+	if errno != 0 {
+		return errno
+	}
+	defer s.inodes.put(dir)
+	if errno := s.proc.link(n.fd, dir.fd, name); errno != 0 {
+		return errno
+	}
+	var st unix.Statx_t
+	if errno := statFD(n.fd, &st); errno != 0 {
+		return errno
+	}
+	// The table finds n by what st says, and learns its new name.
+	n, errno = s.inodes.add(-1, &st, dir, name)
+	if errno != 0 {
+		return errno
+	}
+	entry := s.entryOf(n, &st, dir)
+	r.reply = entry.Append(r.reply)
+	return 0
+}
+
+// create creates a file and opens it.
+func (s *Server) create(r *request) unix.Errno {
+	in := fuse.DecodeCreateIn(r.args)
+	name, errno := oneName(r.args[fuse.CreateInSize:])
+	if errno != 0 {
+		return errno
+	}
+	return s.createFile(r, &in, name, name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW)
+}
+
+// tmpfile creates a file without a name and opens it. The name that follows
+// the argument is none.
+func (s *Server) tmpfile(r *request) unix.Errno {
+	in := fuse.DecodeCreateIn(r.args)
+	if in.Flags&unix.O_ACCMODE == unix.O_RDONLY {
+		return unix.EINVAL
+	}
+	// With O_EXCL, LINK will not give it a name.
+	return s.createFile(r, &in, ".", "", unix.O_TMPFILE|int(in.Flags&unix.O_EXCL))
+}
+
+// createFile creates and opens path, which is a name in the request's directory
+// or ".", with flags.
+func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, flags int) unix.Errno {
+	open, errno := openFlags(in.Flags)
+	if errno != 0 {
+		return errno
+	}
+	if errno := s.handles.room(); errno != 0 {
+		return errno
+	}
+	node := newNode{name: name, kind: unix.S_IFREG, mode: in.Mode & 0o7777}
+	if node.dir, errno = s.newIn(r); errno != 0 {
+		return errno
+	}
+	defer s.inodes.put(node.dir)
+	how := unix.OpenHow{
+		Flags:   uint64(open | flags | unix.O_CLOEXEC | unix.O_NOCTTY | unix.O_NONBLOCK),
+		Mode:    uint64(node.mode &^ specialBits),
+		Resolve: resolve,
+	}
+	fd := -1
+	errno = s.inodes.makingRoom(func() unix.Errno {
+		return s.threads.withUmask(in.Umask, func() (err error) {
+			fd, err = unix.Openat2(node.dir.fd, path, &how)
+			return err
+		})
+	})
+	if errno == unix.EEXIST && name != "" && in.Flags&unix.O_EXCL == 0 {
+		return s.createExisting(r, in, node.dir, name)
+	}
+	if errno != 0 {
+		return errno
+	}
+	var st unix.Statx_t
+	if errno := s.give(r, node, fd, &st); errno != 0 {
+		closeFD(fd)
+		return errno
+	}
+	anchor, errno := s.proc.open(fd, unix.O_PATH)
+	if errno != 0 {
+		closeFD(fd)
+		return errno
+	}
+	place := node.dir
+	if name == "" {
+		place = nil
+	}
+	n, errno := s.inodes.add(anchor, &st, place, name)
+	if errno != 0 {
+		closeFD(fd)
+		return errno
+	}
+	return s.replyCreated(r, node.dir, &st, &handle{node: n, fd: fd, writable: writable(in.Flags)})
+}
+
+// createExisting opens a file that has appeared since the guest looked.
+func (s *Server) createExisting(r *request, in *fuse.CreateIn, dir *inode, name string) unix.Errno {
+	var st unix.Statx_t
+	n, errno := s.find(dir, name, &st)
+	if errno != 0 {
+		return errno
+	}
+	var h *handle
+	if n.kind != unix.S_IFREG {
+		errno = unix.ESTALE // the guest shall look again
+	} else if h, errno = s.openNode(n, in.Flags, in.OpenFlags); errno == 0 {
+		if errno = statFD(h.fd, &st); errno != 0 { // again: O_TRUNC
+			closeFD(h.fd)
+		}
+	}
+	if errno != 0 {
+		s.inodes.put(n)
+		s.inodes.forget(n.id, 1)
+		return errno
+	}
+	return s.replyCreated(r, dir, &st, h)
+}
+
+// replyCreated replies with a node that was just looked up and its handle, which
+// becomes the guest's.
+func (s *Server) replyCreated(r *request, dir *inode, st *unix.Statx_t, h *handle) unix.Errno {
+	entry := s.entryOf(h.node, st, dir)
+	if errno := s.handles.add(h); errno != 0 {
+		s.inodes.forget(entry.NodeID, 1)
+		return errno
+	}
+	r.reply = entry.Append(r.reply)
+	r.reply = fuse.AppendOpenOut(r.reply, h.id, s.keepCache())
+	return 0
+}

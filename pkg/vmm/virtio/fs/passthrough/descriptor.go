@@ -1,0 +1,143 @@
+package passthrough
+
+import "golang.org/x/sys/unix"
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		closeFD(fd)
+	}
+}
+
+// surplus takes descriptors that nobody uses from their nodes: those above the
+// limit, and extra more. The caller closes them without mu, which is held.
+func (t *inodeTable) surplus(extra int) (victims []int) {
+	limit := t.maxOpen - extra
+	for t.open > limit && t.idle.prev != &t.idle {
+		n := t.victim()
+		t.pin(n) // leaves the list
+		n.pins = 0
+		victims = append(victims, n.fd)
+		n.fd = -1
+		t.open--
+		if n.parent == nil {
+			t.kill(n)
+		}
+	}
+	return victims
+}
+
+// victim is the node that was used longest ago, preferably one whose descriptor
+// can be made again. mu is held and the list is not empty.
+func (t *inodeTable) victim() *inode {
+	n := t.idle.prev
+	for range 64 {
+		if n == &t.idle {
+			break
+		}
+		if n.parent != nil {
+			return n
+		}
+		n = n.prev
+	}
+	return t.idle.prev
+}
+
+// shrink closes descriptors that nobody uses, because the process has too many.
+// It says whether there was one.
+func (t *inodeTable) shrink() bool {
+	t.mu.Lock()
+	victims := t.surplus(t.maxOpen - max(t.open-64, 0))
+	t.mu.Unlock()
+	closeAll(victims)
+	return len(victims) > 0
+}
+
+// makingRoom calls open, again after descriptors were closed if the process has
+// too many.
+func (t *inodeTable) makingRoom(open func() unix.Errno) unix.Errno {
+	for {
+		errno := open()
+		if errno != unix.ENFILE || !t.shrink() {
+			return errno
+		}
+	}
+}
+
+// openChild is openChild that makes room for its descriptor.
+func (t *inodeTable) openChild(dir int, name string) (fd int, errno unix.Errno) {
+	errno = t.makingRoom(func() (errno unix.Errno) {
+		fd, errno = openChild(dir, name)
+		return errno
+	})
+	return fd, errno
+}
+
+// reopen makes the descriptor of n again, and returns n pinned.
+func (t *inodeTable) reopen(n *inode) (*inode, unix.Errno) {
+	// A rename on its way may move a part of the path between two steps.
+	const attempts = 3
+	for range attempts {
+		errno := t.reopenOnce(n)
+		switch errno {
+		case 0:
+			return n, 0
+		case unix.ENOENT, unix.ENOTDIR, unix.ESTALE, unix.ELOOP:
+			continue
+		}
+		return nil, errno
+	}
+	return nil, unix.ESTALE
+}
+
+// step is a node on the way to another, with its name in the node before.
+type step struct {
+	node *inode
+	name string
+}
+
+// reopenOnce walks from the closest ancestor that has a descriptor down to n,
+// one component at a time, and leaves n pinned.
+func (t *inodeTable) reopenOnce(n *inode) unix.Errno {
+	t.mu.Lock()
+	var steps []step
+	at := n
+	for at.fd < 0 {
+		if at.parent == nil || len(steps) == maxDepth {
+			t.mu.Unlock()
+			return unix.ESTALE
+		}
+		steps = append(steps, step{at, at.name})
+		at = at.parent
+	}
+	t.pin(at)
+	t.mu.Unlock()
+	for i := len(steps) - 1; i >= 0; i-- {
+		fd, errno := t.openChild(at.fd, steps[i].name)
+		if errno == 0 {
+			errno = t.install(steps[i].node, fd)
+		}
+		t.put(at)
+		if errno != 0 {
+			return errno
+		}
+		at = steps[i].node
+	}
+	return 0
+}
+
+// install gives n the descriptor fd, if that is n, and pins it.
+func (t *inodeTable) install(n *inode, fd int) unix.Errno {
+	var st unix.Statx_t
+	errno := statFD(fd, &st)
+	t.mu.Lock()
+	if errno == 0 && (keyOf(&st) != n.key || uint32(st.Mode)&unix.S_IFMT != n.kind || !sameBirth(birthOf(&st), n.birth)) {
+		errno = unix.ESTALE
+	}
+	victims := []int{fd}
+	if errno == 0 {
+		victims = t.give(n, fd) // may have one by now, from another request
+	}
+	t.mu.Unlock()
+	closeAll(victims)
+	return errno
+}

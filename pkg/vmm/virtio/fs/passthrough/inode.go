@@ -1,0 +1,378 @@
+package passthrough
+
+import (
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
+)
+
+// inodeKey is what makes two lookups the same node. The mount counts: the same
+// file below two mounts may be writable through one of them only.
+type inodeKey struct{ dev, ino, mnt uint64 }
+
+func keyOf(st *unix.Statx_t) inodeKey {
+	return inodeKey{dev: unix.Mkdev(st.Dev_major, st.Dev_minor), ino: st.Ino, mnt: st.Mnt_id}
+}
+
+// inode is a node the guest knows.
+//
+// While it has a descriptor, the host cannot give its inode number to another
+// file. Descriptors are few, so one that has not been used for a while is
+// closed, and made again from the node's parent and name when it is needed; the
+// node must then be the same by key, type and time of birth.
+type inode struct {
+	id      uint64
+	key     inodeKey
+	kind    uint32 // type, S_IFMT
+	foreign bool   // not a directory, and on another device than its directory
+
+	// What follows is protected by inodeTable.mu.
+
+	birth    int64  // time of birth in nanoseconds, 0 where the host has none
+	lookups  uint64 // what the guest must FORGET
+	children int    // nodes whose parent this is
+	removed  bool   // no longer in the table: it has neither lookups nor children
+
+	parent *inode // nil for the root, and where no name is known
+	name   string // in parent
+
+	fd         int    // O_PATH, -1 while closed
+	pins       int    // users of fd
+	prev, next *inode // in inodeTable.idle, while fd is open and pins is 0
+}
+
+// inodeTable holds the nodes. Its methods may be called concurrently. Those
+// that return an inode pin it: its descriptor stays open until put.
+type inodeTable struct {
+	maxInodes, maxOpen int
+
+	mu     sync.Mutex // protects what follows, and the inodes' fields
+	byID   map[uint64]*inode
+	byKey  map[inodeKey]*inode
+	lastID uint64
+	root   *inode
+	idle   inode // list head: descriptors nobody uses, most recently used first
+	open   int   // open descriptors
+}
+
+// newInodeTable makes a table with the root, whose descriptor it takes over.
+func newInodeTable(rootFD int, maxInodes, maxOpen int) (*inodeTable, unix.Errno) {
+	var st unix.Statx_t
+	if errno := statFD(rootFD, &st); errno != 0 {
+		return nil, errno
+	}
+	root := &inode{id: fuse.RootID, key: keyOf(&st), kind: unix.S_IFDIR, birth: birthOf(&st), fd: rootFD, pins: 1}
+	t := &inodeTable{maxInodes: maxInodes, maxOpen: maxOpen, root: root}
+	t.init()
+	return t, 0
+}
+
+func (t *inodeTable) init() {
+	t.byID = map[uint64]*inode{fuse.RootID: t.root}
+	t.byKey = map[inodeKey]*inode{t.root.key: t.root}
+	t.lastID = max(t.lastID, fuse.RootID)
+	t.idle.prev, t.idle.next = &t.idle, &t.idle
+	t.open = 1
+	t.root.children = 0
+}
+
+func birthOf(st *unix.Statx_t) int64 {
+	if st.Mask&unix.STATX_BTIME == 0 {
+		return 0
+	}
+	return st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
+}
+
+// sameBirth says whether two times of birth can be the same file's.
+func sameBirth(a, b int64) bool { return a == b || a == 0 || b == 0 }
+
+// get returns the node with the given id.
+func (t *inodeTable) get(id uint64) (*inode, unix.Errno) {
+	t.mu.Lock()
+	n := t.byID[id]
+	if n == nil || n.lookups == 0 && n != t.root {
+		t.mu.Unlock()
+		return nil, unix.ESTALE
+	}
+	if n.fd >= 0 {
+		t.pin(n)
+		t.mu.Unlock()
+		return n, 0
+	}
+	t.mu.Unlock()
+	return t.reopen(n)
+}
+
+// getDir is get for requests about a directory's entries.
+func (t *inodeTable) getDir(id uint64) (*inode, unix.Errno) {
+	n, errno := t.get(id)
+	if errno == 0 && n.kind != unix.S_IFDIR {
+		t.put(n)
+		return nil, unix.ENOTDIR
+	}
+	return n, errno
+}
+
+// room says whether the guest may learn of more nodes. It is asked before
+// anything is created.
+func (t *inodeTable) room() unix.Errno {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.byID) >= t.maxInodes {
+		return unix.ENFILE
+	}
+	return 0
+}
+
+// add finds or makes the node that st describes and counts a lookup. fd, an
+// O_PATH descriptor of it, becomes the table's; without one (-1) the node's is
+// made when it is first needed. dir, which the caller has pinned, and name say
+// where it is; dir is nil if it has no name. The node is pinned only if fd was
+// given.
+func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*inode, unix.Errno) {
+	key, kind, birth := keyOf(st), uint32(st.Mode)&unix.S_IFMT, birthOf(st)
+	t.mu.Lock()
+	n := t.byKey[key]
+	if n != nil && n.fd < 0 && (n.kind != kind || !sameBirth(n.birth, birth)) {
+		// Another file with the number of one that is gone.
+		t.kill(n)
+		n = nil
+	}
+	if n == nil {
+		if len(t.byID) >= t.maxInodes {
+			t.mu.Unlock()
+			if fd >= 0 {
+				closeFD(fd)
+			}
+			return nil, unix.ENFILE
+		}
+		t.lastID++
+		n = &inode{id: t.lastID, key: key, kind: kind, fd: -1}
+		n.foreign = kind != unix.S_IFDIR && dir != nil && dir.key.dev != key.dev
+		t.byID[n.id] = n
+		t.byKey[key] = n
+	}
+	n.lookups++
+	n.birth = birth
+	t.place(n, dir, name)
+	victims := t.give(n, fd)
+	t.mu.Unlock()
+	closeAll(victims)
+	return n, 0
+}
+
+// give gives n the descriptor fd, unless it has one or fd is -1, and pins it. It
+// returns descriptors to close. mu is held.
+func (t *inodeTable) give(n *inode, fd int) (victims []int) {
+	switch {
+	case fd < 0:
+		return nil
+	case n.fd >= 0:
+		t.pin(n)
+		return []int{fd}
+	}
+	n.fd, n.pins = fd, 1
+	t.open++
+	return t.surplus(0)
+}
+
+// pin keeps n's open descriptor open. mu is held.
+func (t *inodeTable) pin(n *inode) {
+	if n.pins == 0 {
+		n.prev.next, n.next.prev = n.next, n.prev
+		n.prev, n.next = nil, nil
+	}
+	n.pins++
+}
+
+// put ends the use of a node that was pinned.
+func (t *inodeTable) put(n *inode) {
+	t.mu.Lock()
+	n.pins--
+	var victims []int
+	if n.pins == 0 {
+		if n.removed {
+			victims = append(victims, n.fd)
+			n.fd = -1
+			t.open--
+		} else {
+			n.prev, n.next = &t.idle, t.idle.next
+			n.prev.next, n.next.prev = n, n
+			victims = t.surplus(0)
+		}
+	}
+	t.mu.Unlock()
+	closeAll(victims)
+}
+
+// forget takes back count lookups of a node. It says whether the guest had
+// them: a count too large is its mistake and taken as all of them.
+func (t *inodeTable) forget(id, count uint64) bool {
+	if id == fuse.RootID {
+		return true
+	}
+	t.mu.Lock()
+	n := t.byID[id]
+	if n == nil || n.lookups == 0 {
+		t.mu.Unlock()
+		return false
+	}
+	known := count <= n.lookups
+	n.lookups -= min(count, n.lookups)
+	victims := t.collect(n)
+	t.mu.Unlock()
+	closeAll(victims)
+	return known
+}
+
+// collect removes n from the table if nothing needs it, and then its parent
+// likewise. It returns descriptors to close. mu is held.
+func (t *inodeTable) collect(n *inode) (victims []int) {
+	for n != nil && n != t.root && n.lookups == 0 && n.children == 0 && !n.removed {
+		n.removed = true
+		delete(t.byID, n.id)
+		if t.byKey[n.key] == n {
+			delete(t.byKey, n.key)
+		}
+		if n.fd >= 0 && n.pins == 0 {
+			t.pin(n) // leaves the list
+			n.pins = 0
+			victims = append(victims, n.fd)
+			n.fd = -1
+			t.open--
+		}
+		parent := n.parent
+		n.parent, n.name = nil, ""
+		if parent != nil {
+			parent.children--
+		}
+		n = parent
+	}
+	return victims
+}
+
+// kill makes n, which has no descriptor, a node that nothing leads to any more.
+// mu is held.
+func (t *inodeTable) kill(n *inode) {
+	if t.byKey[n.key] == n {
+		delete(t.byKey, n.key)
+	}
+	parent := n.parent
+	n.parent, n.name = nil, ""
+	if parent != nil {
+		parent.children--
+		closeAll(t.collect(parent))
+	}
+}
+
+// place records where n is. mu is held.
+func (t *inodeTable) place(n, dir *inode, name string) {
+	if n == t.root || n.parent == dir && n.name == name {
+		return
+	}
+	if dir != nil {
+		if n.kind == unix.S_IFDIR && !t.mayContain(dir, n) {
+			dir = nil
+		} else {
+			dir.children++
+		}
+	}
+	old := n.parent
+	n.parent, n.name = dir, name
+	if old != nil {
+		old.children--
+		closeAll(t.collect(old))
+	}
+}
+
+// maxDepth is how many directories deep a node may be whose descriptor is made
+// again. Deeper ones keep theirs as long as there is room.
+const maxDepth = 1024
+
+// mayContain says whether n may become a child of dir. What is known of places
+// may be outdated, when directories were moved on the host: if dir is thought
+// to be below n, whatever in between is directly below n has lost its place.
+// mu is held.
+func (t *inodeTable) mayContain(dir, n *inode) bool {
+	if dir == n {
+		return false
+	}
+	depth := 0
+	for p := dir; p != nil; p = p.parent {
+		if depth++; depth > maxDepth {
+			return false
+		}
+		if p.parent == n {
+			n.children--
+			p.parent, p.name = nil, ""
+			return true
+		}
+	}
+	return true
+}
+
+// moved records that st, of the host, is now name in dir. The caller has dir
+// pinned.
+func (t *inodeTable) moved(st *unix.Statx_t, dir *inode, name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := t.byKey[keyOf(st)]; n != nil {
+		t.place(n, dir, name)
+	}
+}
+
+// find returns the node that st describes, or nil if the guest does not know
+// it. It is what name is in dir, which the caller has pinned.
+func (t *inodeTable) find(st *unix.Statx_t, dir *inode, name string) *inode {
+	t.mu.Lock()
+	n := t.byKey[keyOf(st)]
+	if n == nil {
+		t.mu.Unlock()
+		return nil
+	}
+	t.place(n, dir, name)
+	if n.fd >= 0 {
+		t.pin(n)
+		t.mu.Unlock()
+		return n
+	}
+	t.mu.Unlock()
+	n, errno := t.reopen(n)
+	if errno != 0 {
+		return nil
+	}
+	return n
+}
+
+// unplaced records that name in dir is no longer n's.
+func (t *inodeTable) unplaced(n, dir *inode, name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n.parent == dir && n.name == name {
+		t.place(n, nil, "")
+	}
+}
+
+// clear forgets every node but the root. Nodes that are pinned go when they are
+// put.
+func (t *inodeTable) clear() {
+	t.mu.Lock()
+	var victims []int
+	for _, n := range t.byID {
+		if n == t.root {
+			continue
+		}
+		n.lookups, n.children, n.parent, n.name, n.removed = 0, 0, nil, "", true
+		if n.fd >= 0 && n.pins == 0 {
+			victims = append(victims, n.fd)
+			n.fd, n.prev, n.next = -1, nil, nil
+		}
+	}
+	pinned := t.open - len(victims) - 1
+	t.init()
+	t.open += pinned
+	t.mu.Unlock()
+	closeAll(victims)
+}

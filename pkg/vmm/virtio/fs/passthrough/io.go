@@ -1,0 +1,181 @@
+package passthrough
+
+import (
+	"math"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
+)
+
+// read puts the file's bytes straight into the guest's buffers.
+func (s *Server) read(r *request) unix.Errno {
+	in := fuse.DecodeReadIn(r.args)
+	size := int(in.Size)
+	if in.Offset > math.MaxInt64 || size > r.room {
+		return unix.EINVAL
+	}
+	h, errno := s.handles.file(in.FH)
+	if errno != 0 {
+		return errno
+	}
+	defer s.handles.put(h)
+	r.window = slice(r.window[:0], r.writable, fuse.OutHeaderSize, size)
+	// A short reply means the end of the file to the kernel, who then takes the
+	// file for shorter: only a read of nothing is the end.
+	for buffers := r.window; r.direct < size; {
+		var n int
+		errno := retry(func() (err error) {
+			n, err = unix.Preadv2(h.fd, buffers, int64(in.Offset)+int64(r.direct), 0)
+			return err
+		})
+		if errno != 0 && r.direct == 0 {
+			return errno
+		}
+		if errno != 0 || n <= 0 {
+			break
+		}
+		r.direct += n
+		buffers = advance(buffers, n)
+	}
+	return 0
+}
+
+// write gets its bytes straight from the guest's buffers.
+func (s *Server) write(r *request) unix.Errno {
+	in := fuse.DecodeWriteIn(r.args)
+	size := int(in.Size)
+	if in.Offset > math.MaxInt64 || size > r.data {
+		return unix.EINVAL
+	}
+	h, errno := s.handles.file(in.FH)
+	if errno != 0 {
+		return errno
+	}
+	defer s.handles.put(h)
+	if !h.writable {
+		return unix.EBADF
+	}
+	if in.WriteFlags&fuse.WriteKillSuidgid != 0 {
+		if errno := s.killSuidgid(h.fd); errno != 0 {
+			return errno
+		}
+	}
+	// Others may append to the file too, so where its end is only the host
+	// knows. Pages written back have their place.
+	flags := 0
+	if in.Flags&unix.O_APPEND != 0 && in.WriteFlags&fuse.WriteCache == 0 {
+		flags = unix.RWF_APPEND
+	}
+	r.window = slice(r.window[:0], r.readable, fuse.InHeaderSize+fuse.WriteInSize, size)
+	written := 0
+	for buffers := r.window; written < size; {
+		var n int
+		errno := retry(func() (err error) {
+			n, err = unix.Pwritev2(h.fd, buffers, int64(in.Offset)+int64(written), flags)
+			return err
+		})
+		if errno != 0 && written == 0 {
+			return errno
+		}
+		if errno != 0 || n <= 0 {
+			break
+		}
+		written += n
+		buffers = advance(buffers, n)
+	}
+	r.reply = fuse.AppendUint32Out(r.reply, uint32(written))
+	return 0
+}
+
+func (s *Server) lseek(r *request) unix.Errno {
+	in := fuse.DecodeLseekIn(r.args)
+	if in.Whence != unix.SEEK_DATA && in.Whence != unix.SEEK_HOLE {
+		return unix.EINVAL // the kernel does the others itself
+	}
+	if in.Offset > math.MaxInt64 {
+		return unix.ENXIO
+	}
+	h, errno := s.handles.file(in.FH)
+	if errno != 0 {
+		return errno
+	}
+	defer s.handles.put(h)
+	var at int64
+	errno = retry(func() (err error) {
+		at, err = unix.Seek(h.fd, int64(in.Offset), int(in.Whence))
+		return err
+	})
+	if errno != 0 {
+		return errno
+	}
+	r.reply = fuse.AppendUint64Out(r.reply, uint64(at))
+	return 0
+}
+
+func (s *Server) fallocate(r *request) unix.Errno {
+	in := fuse.DecodeFallocateIn(r.args)
+	if in.Mode&^(unix.FALLOC_FL_KEEP_SIZE|unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_ZERO_RANGE) != 0 {
+		return unix.EOPNOTSUPP
+	}
+	if in.Offset > math.MaxInt64 || in.Length > math.MaxInt64 {
+		return unix.EFBIG
+	}
+	h, errno := s.writableFile(in.FH)
+	if errno != 0 {
+		return errno
+	}
+	defer s.handles.put(h)
+	return retry(func() error { return unix.Fallocate(h.fd, in.Mode, int64(in.Offset), int64(in.Length)) })
+}
+
+// writableFile returns an open file for an operation that changes it as a write
+// does. The kernel does not say whether the caller may keep set-id bits: they
+// are cleared.
+func (s *Server) writableFile(fh uint64) (*handle, unix.Errno) {
+	h, errno := s.handles.file(fh)
+	if errno != 0 {
+		return nil, errno
+	}
+	if !h.writable {
+		errno = unix.EBADF
+	} else {
+		errno = s.killSuidgid(h.fd)
+	}
+	if errno != 0 {
+		s.handles.put(h)
+	}
+	return h, errno
+}
+
+// maxCopy bounds how long one COPY_FILE_RANGE keeps a worker. The guest asks
+// again for the rest.
+const maxCopy = 64 << 20
+
+func (s *Server) copyFileRange(r *request) unix.Errno {
+	in := fuse.DecodeCopyFileRangeIn(r.args)
+	if in.Flags != 0 || in.OffIn > math.MaxInt64 || in.OffOut > math.MaxInt64 {
+		return unix.EINVAL
+	}
+	from, errno := s.handles.file(in.FHIn)
+	if errno != 0 {
+		return errno
+	}
+	defer s.handles.put(from)
+	to, errno := s.writableFile(in.FHOut)
+	if errno != 0 {
+		return errno
+	}
+	defer s.handles.put(to)
+	var n int
+	errno = retry(func() (err error) {
+		offIn, offOut := int64(in.OffIn), int64(in.OffOut)
+		n, err = unix.CopyFileRange(from.fd, &offIn, to.fd, &offOut, int(min(in.Len, maxCopy)), 0)
+		return err
+	})
+	if errno != 0 {
+		return errno
+	}
+	r.reply = fuse.AppendUint32Out(r.reply, uint32(n))
+	return 0
+}

@@ -1,0 +1,92 @@
+package passthrough
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// threads runs system calls on threads with a file system context of their own
+// (CLONE_FS). Two things live in that context: the umask, which the kernel
+// applies or, in a directory with a default ACL, ignores; and the working
+// directory, /proc/self/fd here, because xattrs of an O_PATH descriptor can
+// only be reached by a path (fgetxattr refuses one, getxattrat is Linux 6.13).
+type threads struct {
+	proc int // /proc/self/fd
+	max  int
+	jobs chan func()
+
+	mu      sync.Mutex
+	started int // protected by mu
+}
+
+// newThreads starts the first thread and fails if that is not possible. More,
+// up to limit, start when they are needed.
+func newThreads(proc, limit int) (*threads, error) {
+	t := &threads{proc: proc, max: limit, jobs: make(chan func())}
+	if err := t.grow(); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+func (t *threads) grow() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.started == t.max {
+		return nil
+	}
+	ready := make(chan error)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, because no other
+		// may run on it.
+		runtime.LockOSThread()
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			ready <- fmt.Errorf("unshare(CLONE_FS): %w", err)
+			return
+		}
+		if err := unix.Fchdir(t.proc); err != nil {
+			ready <- fmt.Errorf("working directory /proc/self/fd: %w", err)
+			return
+		}
+		ready <- nil
+		for job := range t.jobs {
+			job()
+		}
+	}()
+	if err := <-ready; err != nil {
+		return err
+	}
+	t.started++
+	return nil
+}
+
+// do runs f on one of the threads and waits for it.
+func (t *threads) do(f func()) {
+	done := make(chan struct{})
+	job := func() {
+		f()
+		close(done)
+	}
+	select {
+	case t.jobs <- job: // one is idle
+	default:
+		_ = t.grow() // there is at least one
+		t.jobs <- job
+	}
+	<-done
+}
+
+// withUmask runs f on one of the threads, with the given umask.
+func (t *threads) withUmask(umask uint32, f func() error) (errno unix.Errno) {
+	t.do(func() {
+		unix.Umask(int(umask & 0o777))
+		errno = retry(f)
+	})
+	return errno
+}
+
+// close ends the threads. No do may follow or be under way.
+func (t *threads) close() { close(t.jobs) }
