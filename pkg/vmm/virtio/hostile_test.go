@@ -52,7 +52,7 @@ func TestRewrittenWhileRead(t *testing.T) {
 		})
 	}
 	var good, bad int
-	for range 100_000 {
+	for range 30_000 {
 		r.SetAvailIdx(r.AvailIdx() + 1)
 		c, err := r.q.Next()
 		if err != nil {

@@ -359,7 +359,7 @@ func TestIndicesWrapAround(t *testing.T) {
 		r.SetDesc(i, virtiotest.Desc{Addr: memStart + memory.GuestAddress(i), Len: 1})
 	}
 	var used uint16
-	for range 3 * 65536 / 8 {
+	for range 65536/8 + 100 {
 		for i := range uint16(8) {
 			r.Push(i)
 		}

@@ -90,7 +90,7 @@ func TestServe(t *testing.T) {
 					var senders sync.WaitGroup
 					for s := range 4 {
 						senders.Go(func() {
-							for i := range 500 {
+							for i := range 150 {
 								payload := binary.LittleEndian.AppendUint64(nil, uint64(s)<<32|uint64(i))
 								r := d.Send(0, [][]byte{payload[:3], payload[3:]}, []int{1, 9})
 								written, out := r.Wait(t)
@@ -102,7 +102,7 @@ func TestServe(t *testing.T) {
 						})
 					}
 					senders.Wait()
-					t.Logf("%d kicks, %d interrupts for 2000 requests", d.Kicks(0), d.Interrupts(0))
+					t.Logf("%d kicks, %d interrupts for 600 requests", d.Kicks(0), d.Interrupts(0))
 					d.Reset()
 					d.Activate()
 				}
