@@ -86,7 +86,7 @@ func vmmServe(s *Server) {
 			return nil
 		},
 		Resume: func() error { paused = false; return nil },
-		Stats:  func() Stats { return Stats{Exits: map[string]uint64{"io": 7}} },
+		Stats:  func() (Stats, error) { return Stats{Exits: map[string]uint64{"io": 7}}, nil },
 	})
 	if err != nil {
 		panic(err)

@@ -106,8 +106,11 @@ func (e Exit) String() string {
 
 // Stats are counters of a running machine.
 type Stats struct {
-	// Exits counts returns from KVM_RUN by reason, over all vCPUs.
+	// Exits counts returns from KVM_RUN to the VMM by reason, over all vCPUs.
 	Exits map[string]uint64 `json:"exits"`
+	// KVM are the kernel's own counters of the vCPUs, added up, by the
+	// kernel's names; empty where it keeps none.
+	KVM map[string]uint64 `json:"kvm,omitempty"`
 }
 
 // Phase is a step of a machine's start.

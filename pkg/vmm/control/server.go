@@ -88,7 +88,7 @@ type Handler struct {
 	Dial   func(ctx context.Context, port uint32) (*os.File, error)
 	Pause  func() error
 	Resume func() error
-	Stats  func() Stats
+	Stats  func() (Stats, error)
 }
 
 // Serve answers requests until the shim's end is closed (nil) or the socket
@@ -129,8 +129,11 @@ func (s *Server) handle(ctx context.Context, h Handler, m message) {
 	case methodResume:
 		err = h.Resume()
 	case methodStats:
-		s.reply(m.ID, h.Stats(), nil)
-		return
+		var stats Stats
+		if stats, err = h.Stats(); err == nil {
+			s.reply(m.ID, stats, nil)
+			return
+		}
 	default:
 		err = fmt.Errorf("unknown method %q", m.Method)
 	}

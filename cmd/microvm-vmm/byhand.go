@@ -1,0 +1,104 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+)
+
+// agentPort is the host's vsock port that the agent connects to when it is
+// ready, see pkg/agentproto.
+const agentPort = 1024
+
+// runByHand boots a machine whose console is standard output, without a shim.
+func runByHand(log *slog.Logger, args []string) error {
+	flags := flag.NewFlagSet("microvm-vmm run", flag.ExitOnError)
+	kernel := flags.String("kernel", "bin/vmlinux", "uncompressed Linux kernel")
+	image := flags.String("image", "bin/guest.erofs", "root file system of the guest (EROFS)")
+	cpus := flags.Int("cpus", 1, "number of vCPUs")
+	memory := flags.Uint64("memory", 512, "memory in MiB")
+	share := flags.String("share", "", "directory to share as virtio-fs tag \"shared\"")
+	disk := flags.String("disk", "", "file or block device to attach as /dev/vda, read-only")
+	appendix := flags.String("append", "", "kernel parameters to add")
+	debug := flags.Bool("debug", false, "serial debug console with all kernel messages")
+	phases := flags.Bool("phases", false, "print when each phase of the start was reached")
+	flags.Parse(args)
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	}
+
+	files := map[string]*os.File{control.FileConsole: os.Stdout}
+	open := func(role, path string, mode int) error {
+		fd, err := unix.Open(path, mode|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		files[role] = os.NewFile(uintptr(fd), path)
+		return nil
+	}
+	config := control.Config{
+		VCPUs:        *cpus,
+		MemoryBytes:  *memory << 20,
+		CommandLine:  *appendix,
+		DebugConsole: *debug,
+		ListenPorts:  []uint32{agentPort},
+	}
+	err := errors.Join(
+		open(control.FileKVM, "/dev/kvm", unix.O_RDWR),
+		open(control.FileKernel, *kernel, unix.O_RDONLY),
+		open(control.FileImage, *image, unix.O_RDONLY))
+	if *share != "" {
+		config.SharedTag = "shared"
+		err = errors.Join(err, open(control.FileShared, *share, unix.O_PATH|unix.O_DIRECTORY))
+	}
+	if *disk != "" {
+		config.Disks = []control.Disk{{ReadOnly: true}}
+		err = errors.Join(err, open(control.FileDisk(0), *disk, unix.O_RDONLY))
+	}
+	if err != nil {
+		return err
+	}
+	begin := time.Now()
+	phase := func(name string) {
+		if *phases {
+			fmt.Fprintf(os.Stderr, "%10.3f ms  %s\n", float64(time.Since(begin).Microseconds())/1000, name)
+		}
+	}
+	var silent []*os.File
+	machine, err := assemble(config, files, log, hooks{
+		phase: phase,
+		// The agent finds somebody to connect to, who says nothing.
+		accept: func(port uint32) (*os.File, error) {
+			ours, theirs, err := control.Socketpair()
+			silent = append(silent, theirs)
+			phase(fmt.Sprintf("guest connects to port %d", port))
+			return ours, err
+		},
+		running: func() {},
+	})
+	if err != nil {
+		return err
+	}
+	exit := machine.run()
+	fmt.Fprintf(os.Stderr, "machine ended: %s\n", exit)
+	if *phases {
+		stats, err := machine.stats()
+		if err != nil {
+			return err
+		}
+		for reason, n := range stats.Exits {
+			fmt.Fprintf(os.Stderr, "%10d exits  %s\n", n, reason)
+		}
+	}
+	if exit.Reason != control.ReasonPowerOff {
+		os.Exit(2)
+	}
+	return nil
+}

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm"
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/blk"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/console"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/rng"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/vsock"
+)
+
+// phaseRunning is the phase at which the guest has begun.
+const phaseRunning = "vcpus-running"
+
+// guestCID is the guest's vsock address. Each guest has its own host, so they
+// all have the first one that is free for guests.
+const guestCID = 3
+
+// machine is a vmm.Machine and the devices that the outside talks to.
+type machine struct {
+	*vmm.Machine
+	vsock   *vsock.Device
+	console *console.Device
+	log     *slog.Logger
+}
+
+// hooks are what a machine tells whoever runs it.
+type hooks struct {
+	phase func(name string)
+	// accept makes the connection for a guest that connects to a host port of
+	// Config.ListenPorts, and returns the VMM's end.
+	accept func(port uint32) (*os.File, error)
+	// running is called when the vCPUs run.
+	running func()
+}
+
+// assemble makes the machine that config describes from the files that came
+// with it. The files belong to the machine from here on.
+func assemble(config control.Config, files map[string]*os.File, log *slog.Logger, h hooks) (*machine, error) {
+	image := files[control.FileImage]
+	if info, err := image.Stat(); err != nil {
+		return nil, fmt.Errorf("guest image: %w", err)
+	} else if info.Size() == 0 {
+		return nil, errors.New("guest image is empty; build it again with: make image")
+	}
+	m := &machine{
+		log: log,
+		vsock: vsock.New(vsock.Config{
+			GuestCID: guestCID,
+			Accept: func(port uint32) (*os.File, error) {
+				if !slices.Contains(config.ListenPorts, port) {
+					return nil, fmt.Errorf("nobody listens on host port %d", port)
+				}
+				return h.accept(port)
+			},
+			Log: log,
+		}),
+		console: console.New(files[control.FileConsole]),
+	}
+	devices := []virtio.Device{
+		m.console,
+		rng.New(rand.Reader),
+		m.vsock,
+	}
+	if config.SharedTag != "" {
+		share, err := newShare(config.SharedTag, files[control.FileShared], log)
+		if err != nil {
+			return nil, err
+		}
+		devices = append(devices, share)
+	}
+	for i, disk := range config.Disks {
+		file := files[control.FileDisk(i)]
+		if file == nil {
+			return nil, fmt.Errorf("disk %d has no file", i)
+		}
+		device, err := blk.New(blk.Config{File: file, ReadOnly: disk.ReadOnly, Serial: disk.Serial, Log: log})
+		if err != nil {
+			return nil, fmt.Errorf("disk %d: %w", i, err)
+		}
+		devices = append(devices, device)
+	}
+
+	vc := vmm.Config{
+		KVM:         files[control.FileKVM],
+		Kernel:      files[control.FileKernel],
+		CommandLine: commandLine(config),
+		MemoryBytes: config.MemoryBytes,
+		VCPUs:       config.VCPUs,
+		Pmem:        []vmm.PmemConfig{{File: image, ReadOnly: true}},
+		Devices:     devices,
+		Log:         log,
+		Phase: func(name string) {
+			h.phase(name)
+			if name == phaseRunning {
+				h.running()
+			}
+		},
+	}
+	if config.DebugConsole {
+		vc.DebugConsole = files[control.FileConsole]
+	}
+	var err error
+	if m.Machine, err = vmm.New(vc); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func newShare(tag string, root *os.File, log *slog.Logger) (*fs.Device, error) {
+	if root == nil {
+		return nil, fmt.Errorf("share %q has no directory", tag)
+	}
+	// The file server reopens its O_PATH descriptors through this directory;
+	// by descriptor, because no path leads to it once the VMM is jailed.
+	fds, err := unix.Open("/proc/self/fd", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("share %q: /proc/self/fd: %w", tag, err)
+	}
+	share, err := fs.New(fs.Config{Tag: tag, Root: root, ProcSelfFD: os.NewFile(uintptr(fds), "/proc/self/fd"), Log: log})
+	if err != nil {
+		return nil, fmt.Errorf("share %q: %w", tag, err)
+	}
+	return share, nil
+}
+
+// commandLine is what the guest's kernel needs to find its root file system and
+// to start fast, then what the caller adds, which may override it.
+func commandLine(c control.Config) string {
+	parameters := []string{
+		"console=hvc0",
+		"root=/dev/pmem0", "rootfstype=erofs", "rootflags=dax=always", "ro", "init=/sbin/init",
+		// A panic ends the machine at once: pvpanic has told us by then.
+		"panic=-1",
+		// Warnings and worse only: every line costs exits.
+		"quiet",
+		"random.trust_cpu=on",
+		// There is no firmware, no interrupt controller before the APIC and one
+		// PCI bus: nothing to probe for.
+		"no_timer_check", "pci=lastbus=0",
+	}
+	if c.DebugConsole {
+		parameters = slices.DeleteFunc(parameters, func(p string) bool { return p == "quiet" })
+		parameters = append(parameters, "earlyprintk=serial,ttyS0", "loglevel=7")
+	}
+	if c.CommandLine != "" {
+		parameters = append(parameters, c.CommandLine)
+	}
+	return strings.Join(parameters, " ")
+}
+
+// consoleDrain is how long the reader of the console has for the guest's last
+// words.
+const consoleDrain = time.Second
+
+// run runs the machine to its end.
+func (m *machine) run() control.Exit {
+	exit, err := m.Run()
+	ctx, cancel := context.WithTimeout(context.Background(), consoleDrain)
+	defer cancel()
+	if err := m.console.Close(ctx); err != nil {
+		m.log.Warn("the end of the console's output is lost", "error", err)
+	}
+	if err != nil {
+		return control.Exit{Reason: control.ReasonError, Detail: err.Error()}
+	}
+	return control.Exit{Reason: exitReasons[exit.Reason], Detail: exit.Detail}
+}
+
+// stats adds the vCPUs' counters up.
+func (m *machine) stats() (control.Stats, error) {
+	vcpus, err := m.VCPUStats()
+	if err != nil {
+		return control.Stats{}, err
+	}
+	s := control.Stats{Exits: map[string]uint64{}, KVM: map[string]uint64{}}
+	for _, v := range vcpus {
+		for reason, n := range v.Exits {
+			s.Exits[reason] += n
+		}
+		for name, n := range v.KVM {
+			s.KVM[name] += n
+		}
+	}
+	return s, nil
+}

@@ -1,0 +1,102 @@
+// Command microvm-vmm is one virtual machine: the process that holds the guest.
+//
+// The shim starts it with a control socket as descriptor 3 (package control)
+// and no arguments. For debugging it can be run by hand:
+//
+//	microvm-vmm run --kernel vmlinux --image guest.erofs --append 'loglevel=7'
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime/debug"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm"
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+)
+
+// controlFD is where the shim leaves the control socket: the first of
+// os/exec's ExtraFiles.
+const controlFD = 3
+
+func main() {
+	// The VMM allocates next to nothing once the machine runs; collecting early
+	// keeps its private memory small.
+	debug.SetGCPercent(50)
+
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	var err error
+	switch {
+	case len(os.Args) == 1:
+		err = serve(log)
+	case os.Args[1] == "run":
+		err = runByHand(log, os.Args[2:])
+	default:
+		err = fmt.Errorf("unknown command %q; the only one is run", os.Args[1])
+	}
+	if err != nil {
+		log.Error(err.Error())
+		os.Exit(1)
+	}
+}
+
+// serve is the VMM as the shim runs it. It returns when the machine has ended
+// or the shim is gone.
+func serve(log *slog.Logger) error {
+	server, err := control.NewServer(os.NewFile(controlFD, "control"))
+	if err != nil {
+		return fmt.Errorf("%w; the shim starts this program, for a run by hand use: microvm-vmm run", err)
+	}
+	request, err := server.Boot()
+	if err != nil {
+		return err
+	}
+	machine, err := assemble(request.Config, request.Files, log, hooks{
+		phase: func(name string) { server.Phase(name) },
+		accept: func(port uint32) (*os.File, error) {
+			ours, theirs, err := control.Socketpair()
+			if err != nil {
+				return nil, err
+			}
+			defer theirs.Close()
+			if err := server.Accepted(port, theirs); err != nil {
+				ours.Close()
+				return nil, err
+			}
+			return ours, nil
+		},
+		running: func() { server.ReplyBoot(request, nil) },
+	})
+	if err != nil {
+		return errors.Join(err, server.ReplyBoot(request, err))
+	}
+	go func() {
+		if err := server.Serve(control.Handler{
+			Dial: func(ctx context.Context, port uint32) (*os.File, error) {
+				return machine.vsock.Dial(ctx, port)
+			},
+			Pause:  machine.Pause,
+			Resume: machine.Resume,
+			Stats:  machine.stats,
+		}); err != nil {
+			log.Error("control socket", "error", err)
+		}
+		machine.Stop() // the shim is gone: nobody needs the machine
+	}()
+	exit := machine.run()
+	log.Info("machine ended", "reason", exit.Reason, "detail", exit.Detail)
+	return server.Exited(exit)
+}
+
+// exitReasons translates the machine's reasons to the control protocol's.
+var exitReasons = map[vmm.ExitReason]string{
+	vmm.ExitPowerOff:    control.ReasonPowerOff,
+	vmm.ExitReset:       control.ReasonReset,
+	vmm.ExitPanic:       control.ReasonPanic,
+	vmm.ExitTripleFault: control.ReasonTripleFault,
+	vmm.ExitStopped:     control.ReasonStopped,
+	vmm.ExitError:       control.ReasonError,
+}
