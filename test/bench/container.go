@@ -1,0 +1,235 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Containers through containerd and ctr: microvm beside runc.
+const (
+	busybox = "docker.io/microvm/busybox:latest"
+	debian  = "docker.io/microvm/debian:bookworm"
+
+	stdioBytes   = 64 << 20
+	smallFiles   = 10000
+	commandLimit = 10 * time.Minute
+)
+
+var runtimes = []struct{ subject, runtime string }{
+	{"microvm", "io.containerd.microvm.v2"},
+	{"runc", "io.containerd.runc.v2"},
+}
+
+func (b *bench) containers() error {
+	cache := os.Getenv("MICROVM_CACHE")
+	if cache == "" {
+		cache = filepath.Join(os.Getenv("HOME"), ".cache/microvm")
+	}
+	os.Setenv("PATH", filepath.Join(cache, "tools/bin")+":"+os.Getenv("PATH"))
+	state := filepath.Join(b.state, "c")
+	script := filepath.Join(b.top, "hack/containerd.sh")
+	if out, err := exec.Command(script, "start", state).CombinedOutput(); err != nil {
+		return fmt.Errorf("start containerd: %w: %s", err, out)
+	}
+	defer exec.Command(script, "wipe", state).Run()
+	c := ctr{socket: filepath.Join(state, "containerd.sock")}
+	for _, image := range []string{"busybox", "debian"} {
+		if _, err := c.run("images", "import", "--local", filepath.Join(cache, "images", image+".tar")); err != nil {
+			return err
+		}
+	}
+	if err := b.containerStarts(c); err != nil {
+		return err
+	}
+	for _, r := range runtimes {
+		if err := b.runningContainer(c, r.subject, r.runtime); err != nil {
+			return fmt.Errorf("%s: %w", r.subject, err)
+		}
+	}
+	b.missing("gVisor: its shim lowers oom_score_adj, which needs CAP_SYS_RESOURCE; not part of this run")
+	return nil
+}
+
+// containerStarts measures `ctr run` to the first byte of the container's
+// output, and to the end of the command; the runtimes take turns.
+func (b *bench) containerStarts(c ctr) error {
+	first, whole := map[string][]float64{}, map[string][]float64{}
+	for i := range b.runs {
+		for _, r := range runtimes {
+			begin := time.Now()
+			cmd := c.command("run", "--rm", "--runtime", r.runtime, busybox, fmt.Sprintf("start%d", i), "echo", "x")
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				return err
+			}
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+			n, _ := out.Read(make([]byte, 1))
+			at := time.Since(begin)
+			io.Copy(io.Discard, out)
+			if err := cmd.Wait(); err != nil || n != 1 {
+				return fmt.Errorf("ctr run --runtime %s: %v: %s", r.runtime, err, stderr.Bytes())
+			}
+			first[r.subject] = append(first[r.subject], milliseconds(at))
+			whole[r.subject] = append(whole[r.subject], milliseconds(time.Since(begin)))
+		}
+	}
+	for _, r := range runtimes {
+		b.add("ctr run", "to first byte", r.subject, "ms", first[r.subject]...)
+		b.add("ctr run", "to end", r.subject, "ms", whole[r.subject]...)
+	}
+	return nil
+}
+
+// runningContainer measures a container that lives: exec, stdio, files, memory.
+func (b *bench) runningContainer(c ctr, subject, runtime string) error {
+	id := "bench-" + subject
+	data := filepath.Join(b.state, "data")
+	if err := os.MkdirAll(data, 0o777); err != nil {
+		return err
+	}
+	defer os.RemoveAll(data)
+	if _, err := c.run("run", "-d", "--runtime", runtime, "--memory-limit", strconv.Itoa(512<<20),
+		"--mount", "type=bind,src="+data+",dst=/data,options=rbind:rw", debian, id, "sleep", "1000000"); err != nil {
+		return err
+	}
+	defer func() {
+		c.run("tasks", "rm", "-f", id)
+		c.run("containers", "rm", id)
+	}()
+	for _, name := range []string{"containerd-shim-microvm-v2", "microvm-vmm"} {
+		if subject != "microvm" {
+			break
+		}
+		if err := b.processMemory(subject, name); err != nil {
+			b.missing("memory of %s: %v", name, err)
+		}
+	}
+
+	n := 0
+	execute := func(argv ...string) (string, time.Duration, error) {
+		n++
+		begin := time.Now()
+		out, err := c.run(append([]string{"tasks", "exec", "--exec-id", fmt.Sprintf("e%d", n), id}, argv...)...)
+		return out, time.Since(begin), err
+	}
+	var latency []float64
+	for range 2 * b.runs {
+		_, took, err := execute("true")
+		if err != nil {
+			return err
+		}
+		latency = append(latency, milliseconds(took))
+	}
+	b.add("exec", "ctr tasks exec true", subject, "ms", latency...)
+
+	var throughput []float64
+	for range 3 {
+		out, took, err := execute("head", "-c", strconv.Itoa(stdioBytes), "/dev/zero")
+		if err != nil {
+			return err
+		}
+		if len(out) != stdioBytes {
+			return fmt.Errorf("%d of %d bytes arrived on stdout", len(out), stdioBytes)
+		}
+		throughput = append(throughput, float64(stdioBytes)/1e6/took.Seconds())
+	}
+	b.add("stdio", "stdout", subject, "MB/s", throughput...)
+
+	fio := func(name, rw, blockSize, size string) error {
+		out, _, err := execute("fio", "--name="+name, "--filename=/data/fio", "--rw="+rw, "--bs="+blockSize, "--size="+size,
+			"--ioengine=psync", "--runtime=10", "--time_based", "--output-format=terse", "--terse-version=3", "--end_fsync=1")
+		if err != nil {
+			return err
+		}
+		field := 6 // read bandwidth in KiB/s, then IOPS, fio's terse format v3
+		if strings.HasSuffix(rw, "write") {
+			field = 47
+		}
+		fields := strings.Split(strings.TrimSpace(out), ";")
+		if len(fields) <= field {
+			return fmt.Errorf("fio said: %q", out)
+		}
+		kib, err := strconv.ParseFloat(fields[field], 64)
+		if err != nil {
+			return fmt.Errorf("fio said: %q", out)
+		}
+		b.add("bind mount", name, subject, "MB/s", kib*1024/1e6)
+		return nil
+	}
+	for _, job := range [][4]string{
+		{"sequential write", "write", "1M", "128M"},
+		{"sequential read", "read", "1M", "128M"},
+		{"4k random write", "randwrite", "4k", "128M"},
+		{"4k random read", "randread", "4k", "128M"},
+	} {
+		if err := fio(job[0], job[1], job[2], job[3]); err != nil {
+			return err
+		}
+	}
+	_, took, err := execute("sh", "-c", fmt.Sprintf(
+		`mkdir /data/small && cd /data/small && i=0; while [ $i -lt %d ]; do echo $i >$i; i=$((i+1)); done; cat * >/dev/null; rm -r /data/small`, smallFiles))
+	if err != nil {
+		return err
+	}
+	b.add("bind mount", fmt.Sprintf("%d small files: write, read, remove", smallFiles), subject, "ms", milliseconds(took))
+	return nil
+}
+
+// processMemory records the private memory of the only process of that name.
+func (b *bench) processMemory(subject, name string) error {
+	exes, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		return err
+	}
+	for _, link := range exes {
+		target, err := os.Readlink(link)
+		if err != nil || filepath.Base(target) != name {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
+		if err != nil {
+			return err
+		}
+		kb, err := ownMemory(pid)
+		if err != nil {
+			return err
+		}
+		b.add("memory", name+" with a container (USS)", subject, "MiB", kb/1024)
+		return nil
+	}
+	return fmt.Errorf("no such process")
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// ctr runs containerd's client against the private containerd.
+type ctr struct{ socket string }
+
+func (c ctr) command(args ...string) *exec.Cmd {
+	return exec.Command("ctr", append([]string{"-a", c.socket}, args...)...)
+}
+
+// run returns what the command wrote to standard output.
+func (c ctr) run(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "ctr", append([]string{"-a", c.socket}, args...)...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("ctr %s: %w: %s", strings.Join(args, " "), err, stderr.Bytes())
+	}
+	return stdout.String(), nil
+}
