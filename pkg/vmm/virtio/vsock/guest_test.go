@@ -105,6 +105,7 @@ type guest struct {
 	listeners map[uint32]chan *socket
 	held      []uint16 // rx buffers kept from the device
 	holding   bool
+	returned  int // rx buffers that came back empty
 	dead      bool
 }
 
@@ -172,6 +173,8 @@ func (g *guest) reset() {
 	g.changed.Broadcast()
 	g.mu.Unlock()
 	g.running.Wait()
+	g.txMu.Lock() // whoever still wants to send finds tx gone
+	defer g.txMu.Unlock()
 	g.rx.kick.Close()
 	g.tx.kick.Close()
 	clear(g.memory.Bytes)
@@ -205,6 +208,9 @@ func (g *guest) sendRaw(segments ...[]byte) {
 	select {
 	case slot = <-g.txFree:
 	case <-g.stopRX:
+		return
+	}
+	if g.tx == nil {
 		return
 	}
 	addr, head := g.txBuffers[slot], slot*txSlotDescs
@@ -264,6 +270,12 @@ func (g *guest) heldBuffers(n int) {
 func (g *guest) receive() {
 	for {
 		for head, written, ok := g.rx.used(); ok; head, written, ok = g.rx.used() {
+			if written == 0 { // a bad buffer: it is not given to the device again
+				g.mu.Lock()
+				g.returned++
+				g.mu.Unlock()
+				continue
+			}
 			b := g.memory.Slice(g.rxBuffers[head], rxBufferSize)
 			h := parseHeader((*[headerSize]byte)(b))
 			if written != headerSize+int(h.length) {
@@ -320,16 +332,16 @@ func (g *guest) dispatch(h header, payload []byte) {
 	case opResponse:
 		s.connected = true
 	case opRW:
-		if len(s.data)+len(payload) > int(s.bufAlloc) {
-			g.t.Errorf("the device sent %d bytes with %d in a buffer of %d", len(payload), len(s.data), s.bufAlloc)
+		if s.data.size+len(payload) > int(s.bufAlloc) {
+			g.t.Errorf("the device sent %d bytes with %d in a buffer of %d", len(payload), s.data.size, s.bufAlloc)
 		}
-		s.data = append(s.data, payload...)
+		s.data.write([][]byte{payload})
 	case opCreditRequest:
 		s.control(opCreditUpdate, 0)
 	case opShutdown:
 		s.peerShut |= h.flags
 		if s.peerShut == shutdownBoth {
-			if len(s.data) == 0 {
+			if s.data.size == 0 {
 				s.control(opReset, 0)
 				s.gone = true
 			}
@@ -350,8 +362,8 @@ type socket struct {
 	key connKey
 
 	connected, gone    bool
-	peerShut           uint32 // flags received
-	data               []byte // received and not read
+	peerShut           uint32  // flags received
+	data               backlog // received and not read
 	bufAlloc           uint32
 	fwdCnt, lastFwdCnt uint32
 	txCnt              uint32
@@ -407,7 +419,7 @@ func (g *guest) connect(hostPort, guestPort, size uint32) (*socket, error) {
 func (s *socket) Read(p []byte) (int, error) {
 	s.g.mu.Lock()
 	defer s.g.mu.Unlock()
-	for len(s.data) == 0 {
+	for s.data.size == 0 {
 		if s.peerShut&shutdownSend != 0 {
 			return 0, io.EOF
 		}
@@ -416,11 +428,14 @@ func (s *socket) Read(p []byte) (int, error) {
 		}
 		s.g.changed.Wait()
 	}
-	n := copy(p, s.data)
-	s.data = s.data[n:]
+	n := 0
+	for _, b := range s.data.buffers(nil) {
+		n += copy(p[n:], b)
+	}
+	s.data.discard(n)
 	s.fwdCnt += uint32(n)
 	// virtio_transport_stream_do_dequeue
-	if delta := s.fwdCnt - s.lastFwdCnt; s.bufAlloc-delta < 64<<10 || len(s.data) == 0 {
+	if delta := s.fwdCnt - s.lastFwdCnt; s.bufAlloc-delta < 64<<10 || s.data.size == 0 {
 		if !s.gone {
 			s.control(opCreditUpdate, 0)
 		}

@@ -3,7 +3,9 @@ package vsock
 import (
 	"context"
 	"errors"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -94,10 +96,7 @@ func (m *mux) stop() {
 	m.poller.close()
 
 	m.mu.Lock()
-	conns := make([]*conn, 0, len(m.conns))
-	for c := range m.conns {
-		conns = append(conns, c)
-	}
+	conns := slices.Collect(maps.Keys(m.conns))
 	m.mu.Unlock()
 	for _, c := range conns {
 		c.mu.Lock()

@@ -1,0 +1,78 @@
+package vsock
+
+import (
+	"io"
+	"testing"
+)
+
+// The guest is a goroutine of the same process: what is measured is the device
+// and the guest model together.
+
+func benchmarkStream(b *testing.B, w io.WriteCloser, r io.Reader, block int) {
+	p := make([]byte, block)
+	b.SetBytes(int64(block))
+	b.ReportAllocs()
+	go func() {
+		for b.Loop() {
+			if _, err := w.Write(p); err != nil {
+				b.Error(err)
+				break
+			}
+		}
+		w.Close()
+	}()
+	io.CopyBuffer(plainWriter{io.Discard}, plainReader{r}, make([]byte, 64<<10))
+}
+
+func BenchmarkGuestToHost(b *testing.B) {
+	g := newGuest(b, Config{})
+	host, s := dial(b, g, 1, g.listen(1))
+	benchmarkStream(b, s, host, 64<<10)
+}
+
+func BenchmarkGuestToHostSmall(b *testing.B) {
+	g := newGuest(b, Config{})
+	host, s := dial(b, g, 1, g.listen(1))
+	benchmarkStream(b, s, host, 512)
+}
+
+func BenchmarkHostToGuest(b *testing.B) {
+	g := newGuest(b, Config{})
+	host, s := dial(b, g, 1, g.listen(1))
+	benchmarkStream(b, host, s, 64<<10)
+}
+
+func BenchmarkHostToGuestSmall(b *testing.B) {
+	g := newGuest(b, Config{})
+	host, s := dial(b, g, 1, g.listen(1))
+	benchmarkStream(b, host, s, 512)
+}
+
+// BenchmarkRoundTrip sends a byte to the guest, which sends it back.
+func BenchmarkRoundTrip(b *testing.B) {
+	g := newGuest(b, Config{})
+	host, s := dial(b, g, 1, g.listen(1))
+	go copyAll(s, s)
+	p := make([]byte, 1)
+	b.ReportAllocs()
+	for b.Loop() {
+		host.Write(p)
+		io.ReadFull(host, p)
+	}
+	host.Close()
+}
+
+// BenchmarkDial connects, and closes again.
+func BenchmarkDial(b *testing.B) {
+	g := newGuest(b, Config{})
+	accept := g.listen(1)
+	b.ReportAllocs()
+	for b.Loop() {
+		f, err := g.device.Dial(b.Context(), 1)
+		if err != nil {
+			b.Fatal(err)
+		}
+		<-accept
+		f.Close()
+	}
+}
