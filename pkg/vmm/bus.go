@@ -45,22 +45,18 @@ func (m *Machine) writePort(port uint16, p []byte) {
 // accessMemory does an access to guest physical memory that has no slot, and
 // says what to count it as.
 func (m *Machine) accessMemory(a kvm.MMIO) int {
+	if !a.Write {
+		if !m.pci.ReadMMIO(a.Addr, a.Data) {
+			for i := range a.Data {
+				a.Data[i] = 0xff
+			}
+		}
+		return countMMIORead
+	}
 	if a.Addr >= ecamAddr && a.Addr < ecamAddr+pci.ECAMSize {
-		if a.Write {
-			m.pci.WriteConfig(a.Addr-ecamAddr, a.Data)
-			return countConfigWrite
-		}
-		m.pci.ReadConfig(a.Addr-ecamAddr, a.Data)
-		return countConfigRead
+		m.pci.WriteConfig(a.Addr-ecamAddr, a.Data)
+		return countConfigWrite
 	}
-	if a.Write {
-		m.pci.WriteMMIO(a.Addr, a.Data)
-		return countMMIOWrite
-	}
-	if !m.pci.ReadMMIO(a.Addr, a.Data) {
-		for i := range a.Data {
-			a.Data[i] = 0xff
-		}
-	}
-	return countMMIORead
+	m.pci.WriteMMIO(a.Addr, a.Data)
+	return countMMIOWrite
 }

@@ -4,7 +4,10 @@ package vmm
 
 import (
 	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,6 +19,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/rng"
 )
 
 // The tests of this file boot the real guest kernel, so they run where KVM can:
@@ -76,6 +82,37 @@ var guestActions = map[string]func(say func(string, ...any)){
 		clock, _ := os.ReadFile("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 		say("online=%s topology=%d siblings=%s threads=%s gomaxprocs=%d clocksource=%s", bytes.TrimSpace(online), len(packages),
 			bytes.TrimSpace(siblings), bytes.TrimSpace(threads), runtime.NumCPU(), bytes.TrimSpace(clock))
+	},
+	"devices": func(say func(string, ...any)) {
+		for _, name := range []string{"pmem0", "pmem1"} {
+			disk, err := os.OpenFile("/dev/"+name, os.O_RDWR, 0)
+			if err != nil {
+				say("%v", err)
+				continue
+			}
+			size, _ := disk.Seek(0, 2)
+			contents := make([]byte, 18000)
+			disk.ReadAt(contents, 0)
+			say("%s %d bytes, %x", name, size, sha256.Sum256(contents))
+			if name == "pmem1" {
+				disk.WriteAt([]byte("host"), 4096)
+				if err := disk.Sync(); err == nil {
+					say("%s written and flushed", name)
+				} else {
+					say("%s: %v", name, err)
+				}
+			}
+			disk.Close()
+		}
+		current, _ := os.ReadFile("/sys/class/misc/hw_random/rng_current")
+		bytes64 := make([]byte, 64)
+		source, err := os.Open("/dev/hwrng")
+		if err != nil {
+			say("%v", err)
+			return
+		}
+		n, err := io.ReadFull(source, bytes64)
+		say("rng %s: %d bytes, %v", bytes.TrimSpace(current), n, err)
 	},
 	"spin": func(say func(string, ...any)) {
 		for i := 0; ; i++ {
@@ -176,11 +213,11 @@ func openKVM(t *testing.T) *os.File {
 	return file
 }
 
-func guestConfig(t *testing.T, action string) (Config, *consoleBuffer) {
+func guestConfig(t *testing.T, action, more string) (Config, *consoleBuffer) {
 	console := &consoleBuffer{t: t}
 	return Config{
 		KVM: openKVM(t), Kernel: guestKernel(t), Initrd: guestInitrd(t),
-		CommandLine:  "earlyprintk=ttyS0 console=ttyS0 panic=-1 guest.do=" + action + " " + os.Getenv("MICROVM_TEST_APPEND"),
+		CommandLine:  "earlyprintk=ttyS0 console=ttyS0 panic=-1 guest.do=" + action + " " + more + " " + os.Getenv("MICROVM_TEST_APPEND"),
 		MemoryBytes:  256 << 20,
 		VCPUs:        1,
 		DebugConsole: console,
@@ -219,17 +256,148 @@ func exitCounts(v *vcpu) string {
 }
 
 func TestGuestExits(t *testing.T) {
-	for action, want := range map[string]ExitReason{
-		"poweroff": ExitPowerOff, "reset": ExitReset, "panic": ExitPanic, "exit": ExitPanic,
+	for _, tc := range []struct {
+		name, action, append string
+		want                 ExitReason
+	}{
+		{"power off", "poweroff", "", ExitPowerOff},
+		{"reset", "reset", "", ExitReset},
+		{"panic", "panic", "", ExitPanic},
+		{"init exits", "exit", "", ExitPanic},
+		{"triple fault", "reset", "reboot=t", ExitTripleFault},
 	} {
-		t.Run(action, func(t *testing.T) {
-			c, console := guestConfig(t, action)
-			if exit := runGuest(t, c); exit.Reason != want {
-				t.Errorf("exit %+v, want %v; console:\n%s", exit, want, console)
+		t.Run(tc.name, func(t *testing.T) {
+			c, console := guestConfig(t, tc.action, tc.append)
+			if exit := runGuest(t, c); exit.Reason != tc.want {
+				t.Errorf("exit %+v, want %v; console:\n%s", exit, tc.want, console)
 			}
 			if !strings.Contains(console.String(), "guest: userspace") {
 				t.Errorf("userspace was not reached; console:\n%s", console)
 			}
 		})
+	}
+}
+
+func TestGuestCPUs(t *testing.T) {
+	for _, n := range []int{1, 2, 4} {
+		t.Run(strconv.Itoa(n), func(t *testing.T) {
+			c, console := guestConfig(t, "cpus", "guest.do=poweroff")
+			c.VCPUs = n
+			all := "0"
+			if n > 1 {
+				all = fmt.Sprintf("0-%d", n-1)
+			}
+			if exit := runGuest(t, c); exit.Reason != ExitPowerOff {
+				t.Errorf("exit %+v", exit)
+			}
+			want := fmt.Sprintf("guest: online=%s topology=%d siblings=%s threads=0 gomaxprocs=%d clocksource=", all, n, all, n)
+			if !strings.Contains(console.String(), want) {
+				t.Errorf("no %q on the console:\n%s", want, console)
+			}
+		})
+	}
+}
+
+// TestGuestDevices has the guest find two persistent memory devices and read
+// one, written by the host, and draw from the entropy device.
+func TestGuestDevices(t *testing.T) {
+	c, console := guestConfig(t, "devices", "guest.do=poweroff")
+	contents := bytes.Repeat([]byte("persistent memory "), 1000)
+	for _, readOnly := range []bool{true, false} {
+		file, err := os.Create(filepath.Join(t.TempDir(), "pmem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		if _, err := file.Write(contents); err != nil {
+			t.Fatal(err)
+		}
+		c.Pmem = append(c.Pmem, PmemConfig{File: file, ReadOnly: readOnly})
+	}
+	c.VCPUs = 2
+	c.Devices = []virtio.Device{rng.New(rand.Reader)}
+	if exit := runGuest(t, c); exit.Reason != ExitPowerOff {
+		t.Errorf("exit %+v", exit)
+	}
+	for _, want := range []string{
+		fmt.Sprintf("guest: pmem0 2097152 bytes, %x", sha256.Sum256(contents)),
+		fmt.Sprintf("guest: pmem1 2097152 bytes, %x", sha256.Sum256(contents)),
+		"guest: pmem1 written and flushed",
+		"guest: rng virtio_rng.0: 64 bytes",
+	} {
+		if !strings.Contains(console.String(), want) {
+			t.Errorf("no %q on the console:\n%s", want, console)
+		}
+	}
+	written := make([]byte, 4)
+	if _, err := c.Pmem[1].File.ReadAt(written, 4096); err != nil || string(written) != "host" {
+		t.Errorf("the writable file has %q, %v", written, err)
+	}
+}
+
+// TestGuestPause pauses a guest that ticks. While it is paused nothing of it
+// may run, which the console shows; afterwards it goes on.
+func TestGuestPause(t *testing.T) {
+	c, console := guestConfig(t, "spin", "")
+	c.VCPUs = 2
+	m, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan Exit)
+	go func() {
+		exit, _ := m.Run()
+		ended <- exit
+	}()
+	ticks := func() int { return strings.Count(console.String(), "guest: tick") }
+	waitForTicks := func(n int) {
+		t.Helper()
+		for range 1800 {
+			if ticks() >= n {
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		t.Fatalf("%d ticks; console:\n%s", ticks(), console)
+	}
+	waitForTicks(3)
+	for range 5 {
+		if err := m.Pause(); err != nil {
+			t.Fatal(err)
+		}
+		before := console.String()
+		if err := m.Pause(); err != nil { // again, for nothing
+			t.Fatal(err)
+		}
+		time.Sleep(50 * time.Millisecond)
+		if console.String() != before {
+			t.Error("the guest ran while it was paused")
+		}
+		n := ticks()
+		if err := m.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		waitForTicks(n + 2)
+	}
+	if err := m.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	m.Stop()
+	if exit := <-ended; exit.Reason != ExitStopped {
+		t.Errorf("exit %+v", exit)
+	}
+	if m.Pause() == nil || m.Resume() == nil {
+		t.Error("a machine that has ended was paused or resumed")
+	}
+}
+
+// TestGuestBootExits counts what a boot without a debug console costs.
+func TestGuestBootExits(t *testing.T) {
+	c, _ := guestConfig(t, "poweroff", "quiet")
+	c.CommandLine = "quiet panic=-1 guest.do=poweroff " + os.Getenv("MICROVM_TEST_APPEND")
+	c.DebugConsole = nil
+	c.Devices = []virtio.Device{rng.New(rand.Reader)}
+	if exit := runGuest(t, c); exit.Reason != ExitPowerOff {
+		t.Errorf("exit %+v", exit)
 	}
 }

@@ -103,7 +103,6 @@ func New(c Config) (_ *Machine, err error) {
 		log:       slog.New(limitRate(c.Log.Handler())),
 		phase:     c.Phase,
 		memory:    &memory.Memory{},
-		pci:       pci.NewBus(pci.Window{Start: pciWindowAddr, Size: pciWindowSize}),
 		addresses: make(map[virtio.Device]pci.Address),
 		ended:     make(chan struct{}),
 		acks:      make(chan struct{}, 1),
@@ -134,6 +133,9 @@ func New(c Config) (_ *Machine, err error) {
 		return nil, err
 	}
 	m.reached("kernel-loaded")
+	if err := m.addBus(); err != nil {
+		return nil, err
+	}
 	if err := m.addDevices(c); err != nil {
 		return nil, err
 	}
@@ -190,6 +192,24 @@ func (m *Machine) createVM(system *kvm.System) error {
 	}
 	const ioapicRoutes = 0
 	return m.vm.EnableCap(kvm.CapSplitIRQChip, ioapicRoutes)
+}
+
+// addBus makes the PCI bus. Its configuration space is memory that the guest
+// reads without an exit; a write to the read-only slot is an MMIO exit.
+func (m *Machine) addBus() error {
+	ecam, err := reserve(pci.ECAMSize)
+	if err != nil {
+		return fmt.Errorf("PCI configuration space: %w", err)
+	}
+	m.mappings = append(m.mappings, ecam)
+	if err := ecam.anonymous(0, pci.ECAMSize, unix.PROT_READ|unix.PROT_WRITE); err != nil {
+		return fmt.Errorf("PCI configuration space: %w", err)
+	}
+	m.pci, err = pci.NewBus(pci.Window{Start: pciWindowAddr, Size: pciWindowSize}, ecam.bytes())
+	if err != nil {
+		return err
+	}
+	return m.addSlot(ecamAddr, ecam.bytes(), ecam.address(), kvm.MemReadonly)
 }
 
 // addDevices fills the PCI bus.

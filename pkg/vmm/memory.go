@@ -56,20 +56,27 @@ func (m *Machine) addRegion(r memory.Region, hostAddr uint64) error {
 	if end := uint64(r.End()); m.physBits < 64 && end > 1<<m.physBits {
 		return fmt.Errorf("guest memory up to %#x: the processor's physical addresses have %d bits", end, m.physBits)
 	}
-	slot := kvm.UserMemoryRegion{
-		Slot:          m.nextSlot,
-		GuestPhysAddr: uint64(r.Start),
-		MemorySize:    uint64(len(r.Bytes)),
-		UserspaceAddr: hostAddr,
-	}
+	var flags uint32
 	if r.ReadOnly {
-		slot.Flags = kvm.MemReadonly
+		flags = kvm.MemReadonly
 	}
-	if err := m.vm.SetUserMemoryRegion(slot); err != nil {
+	if err := m.addSlot(r.Start, r.Bytes, hostAddr, flags); err != nil {
 		return err
 	}
-	m.nextSlot++
 	return m.memory.Add(r)
+}
+
+// addSlot has the guest see b, which is at hostAddr in our address space.
+func (m *Machine) addSlot(start memory.GuestAddress, b []byte, hostAddr uint64, flags uint32) error {
+	slot := kvm.UserMemoryRegion{
+		Slot:          m.nextSlot,
+		Flags:         flags,
+		GuestPhysAddr: uint64(start),
+		MemorySize:    uint64(len(b)),
+		UserspaceAddr: hostAddr,
+	}
+	m.nextSlot++
+	return m.vm.SetUserMemoryRegion(slot)
 }
 
 // PmemConfig is a file that the guest has as a persistent memory device.

@@ -37,7 +37,6 @@ const (
 	countPortWrite
 	countMMIORead
 	countMMIOWrite
-	countConfigRead
 	countConfigWrite
 	countSignal
 	countOther
@@ -45,7 +44,7 @@ const (
 )
 
 var exitCounterNames = [numExitCounters]string{
-	"port-read", "port-write", "mmio-read", "mmio-write", "config-read", "config-write", "signal", "other",
+	"port-read", "port-write", "mmio-read", "mmio-write", "config-write", "signal", "other",
 }
 
 // run is the vCPU's goroutine. KVM wants one thread for a vCPU's whole life, so

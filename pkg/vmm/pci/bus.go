@@ -36,6 +36,7 @@ type Window struct {
 // Bus is a root bus. All methods may be called concurrently.
 type Bus struct {
 	window    Window
+	ecam      []byte
 	functions [maxDevices]atomic.Pointer[Function]
 
 	mu       sync.Mutex // serialises Add, mapAt and unmap
@@ -50,11 +51,39 @@ type mapping struct {
 	bar         int
 }
 
-// NewBus makes an empty bus whose BARs are in window.
-func NewBus(window Window) *Bus {
-	b := &Bus{window: window, nextBAR: uint64(window.Start)}
+// functionSize is a function's part of the ECAM, deviceSize that of a device
+// with its eight functions.
+const (
+	functionSize = 4096
+	deviceSize   = 8 * functionSize
+)
+
+// NewBus makes an empty bus whose BARs are in window. ecam, of ECAMSize bytes
+// that are zero, is what the guest reads as the configuration space: reading it
+// has no side effects, so a guest does hundreds of reads at memory speed that
+// would otherwise be exits each. The guest must not be able to write it: its
+// writes go to WriteConfig.
+func NewBus(window Window, ecam []byte) (*Bus, error) {
+	if len(ecam) != ECAMSize {
+		return nil, fmt.Errorf("configuration space of %d bytes, not %d", len(ecam), ECAMSize)
+	}
+	b := &Bus{window: window, ecam: ecam, nextBAR: uint64(window.Start)}
 	b.mappings.Store(new([]mapping))
-	return b
+	// An absent function reads as ones. Nobody looks at the functions 1 to 7 of
+	// a device that does not say it has several: their pages stay untouched, and
+	// the vendor id of zero that they show is no vendor's either.
+	for device := range maxDevices {
+		page := b.page(device)
+		for i := range page {
+			page[i] = 0xff
+		}
+	}
+	return b, nil
+}
+
+// page is the ECAM of a device's function 0.
+func (b *Bus) page(device int) []byte {
+	return b.ecam[device*deviceSize : device*deviceSize+functionSize]
 }
 
 // Add puts a function on the bus, at the lowest free device number, with its
@@ -87,36 +116,21 @@ func (b *Bus) Add(f *Function) (Address, error) {
 	}
 	b.nextBAR = next
 	f.bus = b
+	page := b.page(device)
+	clear(page) // zeroes past the 256 bytes say "no extended capabilities"
+	copy(page, f.config)
+	f.config = page[:configSize]
 	b.functions[device].Store(f)
 	return Address{Device: uint8(device)}, nil
 }
 
-// function splits an ECAM offset: bits 12 to 14 are the function number, 15 to
-// 19 the device.
-func (b *Bus) function(offset uint64) (*Function, int) {
-	if offset >= ECAMSize || offset>>12&7 != 0 {
-		return nil, 0
-	}
-	return b.functions[offset>>15].Load(), int(offset & 0xfff)
-}
-
-// ReadConfig fills p from the ECAM. Where there is no function all bits are
-// ones.
-func (b *Bus) ReadConfig(offset uint64, p []byte) {
-	f, reg := b.function(offset)
-	if f == nil {
-		for i := range p {
-			p[i] = 0xff
-		}
+// WriteConfig is the guest's write of p to the ECAM at offset.
+func (b *Bus) WriteConfig(offset uint64, p []byte) {
+	if offset >= ECAMSize || offset%deviceSize >= functionSize {
 		return
 	}
-	f.readConfig(reg, p)
-}
-
-// WriteConfig writes p to the ECAM.
-func (b *Bus) WriteConfig(offset uint64, p []byte) {
-	if f, reg := b.function(offset); f != nil {
-		f.writeConfig(reg, p)
+	if f := b.functions[offset/deviceSize].Load(); f != nil {
+		f.writeConfig(int(offset%deviceSize), p)
 	}
 }
 

@@ -56,16 +56,11 @@ type Handler interface {
 	MapBAR(bar int, addr uint64)
 }
 
-// ConfigHook watches a capability of its own that has side effects. Offsets
-// count from the capability's start. Both calls come with the function locked:
-// they must not access its configuration space except through body, the
-// capability's bytes.
-type ConfigHook interface {
-	// BeforeRead may change body to what is to be read from [offset, offset+n).
-	BeforeRead(body []byte, offset, n int)
-	// AfterWrite is told that the guest wrote [offset, offset+n).
-	AfterWrite(body []byte, offset, n int)
-}
+// CapabilityWritten is told that the guest wrote [offset, offset+n) of a
+// capability, counted from its start. body is the whole capability; what is
+// stored there the guest reads. It is called with the function locked: it must
+// not add or write capabilities.
+type CapabilityWritten func(body []byte, offset, n int)
 
 // Function is a PCI function: a type 0 configuration space, memory BARs,
 // capabilities and MSI-X. It is put together with the Add methods and then
@@ -75,16 +70,18 @@ type Function struct {
 	msix    *MSIX
 	bus     *Bus // set by Bus.Add
 
-	mu        sync.Mutex // protects what follows once the function is on a bus
-	config    [configSize]byte
+	mu sync.Mutex // protects what follows once the function is on a bus
+	// config is the configuration space. On a bus it is the guest's own view,
+	// see NewBus: the guest reads it at any time, and never writes it.
+	config    []byte
 	writable  [configSize]byte // the bits the guest may change
 	bars      [numBARs]bar
 	lastCap   int // offset of the last capability's header, 0 when there is none
 	nextFree  int // where the next capability goes
 	msixCap   int // offset of the MSI-X capability
-	hook      ConfigHook
-	hookStart int
-	hookSize  int
+	written   CapabilityWritten
+	hookStart int // the capability that written is for
+	hookEnd   int
 }
 
 type bar struct {
@@ -94,7 +91,7 @@ type bar struct {
 
 // NewFunction makes a function without BARs and capabilities.
 func NewFunction(id Identity, handler Handler) *Function {
-	f := &Function{handler: handler, nextFree: headerSize}
+	f := &Function{handler: handler, config: make([]byte, configSize), nextFree: headerSize}
 	le := binary.LittleEndian
 	le.PutUint16(f.config[offVendorID:], id.Vendor)
 	le.PutUint16(f.config[offDeviceID:], id.Device)
@@ -139,19 +136,19 @@ func (f *Function) AddCapability(id uint8, body []byte) (int, error) {
 	return offset, nil
 }
 
-// AddHookedCapability appends a capability whose bytes from firstWritable on
-// (counted from the capability's start) the guest may write, and has hook watch
-// it. A function has at most one.
-func (f *Function) AddHookedCapability(id uint8, body []byte, firstWritable int, hook ConfigHook) error {
-	if f.hook != nil {
-		return fmt.Errorf("capability %#x: the function has one with a hook", id)
+// AddWritableCapability appends a capability whose bytes from firstWritable on
+// (counted from the capability's start) the guest may write, and has written
+// called after it did. A function has at most one.
+func (f *Function) AddWritableCapability(id uint8, body []byte, firstWritable int, written CapabilityWritten) error {
+	if f.written != nil {
+		return fmt.Errorf("capability %#x: the function has a writable one", id)
 	}
 	offset, err := f.AddCapability(id, body)
 	if err != nil {
 		return err
 	}
-	f.hook, f.hookStart, f.hookSize = hook, offset, 2+len(body)
-	for i := offset + firstWritable; i < offset+f.hookSize; i++ {
+	f.written, f.hookStart, f.hookEnd = written, offset, offset+2+len(body)
+	for i := offset + firstWritable; i < f.hookEnd; i++ {
 		f.writable[i] = 0xff
 	}
 	return nil
@@ -188,21 +185,6 @@ func validAccess(offset, n int) bool {
 	return (n == 1 || n == 2 || n == 4) && offset%n == 0
 }
 
-// readConfig fills p from the configuration space. There is nothing past the
-// conventional 256 bytes: zeroes say "no extended capabilities".
-func (f *Function) readConfig(offset int, p []byte) {
-	clear(p)
-	if !validAccess(offset, len(p)) || offset >= configSize {
-		return
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if start, end := offset-f.hookStart, offset-f.hookStart+len(p); f.hook != nil && start < f.hookSize && end > 0 {
-		f.hook.BeforeRead(f.config[f.hookStart:f.hookStart+f.hookSize], start, len(p))
-	}
-	copy(p, f.config[offset:])
-}
-
 // writeConfig stores p as far as the guest may, and does what follows from it.
 func (f *Function) writeConfig(offset int, p []byte) {
 	if !validAccess(offset, len(p)) || offset >= configSize {
@@ -221,8 +203,8 @@ func (f *Function) writeConfig(offset int, p []byte) {
 	if f.msix != nil && offset < f.msixCap+4 && end > f.msixCap+2 {
 		f.msix.setControl(binary.LittleEndian.Uint16(f.config[f.msixCap+2:]))
 	}
-	if f.hook != nil && offset < f.hookStart+f.hookSize && end > f.hookStart {
-		f.hook.AfterWrite(f.config[f.hookStart:f.hookStart+f.hookSize], offset-f.hookStart, len(p))
+	if offset < f.hookEnd && end > f.hookStart {
+		f.written(f.config[f.hookStart:f.hookEnd], offset-f.hookStart, len(p))
 	}
 }
 

@@ -97,8 +97,7 @@ func New(c Config) (*Transport, error) {
 			return nil, err
 		}
 	}
-	const pciCapWritableFrom = 4 // the BAR number, the first field a driver writes
-	if err := f.AddHookedCapability(pci.CapVendor, capability(capPCI, 0, 0, 0, 0, 0, 0), pciCapWritableFrom, (*pciWindow)(f)); err != nil {
+	if err := f.AddWritableCapability(pci.CapVendor, capability(capPCI, 0, 0, 0, 0, 0, 0), windowBAR, t.windowWritten); err != nil {
 		return nil, err
 	}
 	var err error
@@ -319,11 +318,8 @@ func (t *Transport) clear() {
 	}
 }
 
-// pciWindow is the PCI configuration access capability, section 4.1.4.9: a
-// window into the BAR for whoever cannot map it.
-type pciWindow pci.Function
-
-// Offsets in struct virtio_pci_cfg_cap.
+// Offsets in struct virtio_pci_cfg_cap, section 4.1.4.9: a window into the BAR
+// for whoever cannot map it. All from the first on are the driver's to write.
 const (
 	windowBAR    = 4
 	windowOffset = 8
@@ -331,27 +327,19 @@ const (
 	windowData   = 16
 )
 
-// target returns the window's bytes in body and what they stand for; it is
-// empty when the driver has not chosen an access of 1, 2 or 4 bytes.
-func target(body []byte) (bar int, offset uint64, data []byte) {
+// windowWritten does what the driver's write to the window asks for and fetches
+// what the window shows then. That is how it can be: the driver's reads of
+// configuration space do not reach us. So a register that changes by itself
+// shows its new value after a write to any of the window's fields.
+func (t *Transport) windowWritten(body []byte, offset, n int) {
 	length := binary.LittleEndian.Uint32(body[windowLength:])
-	offset = uint64(binary.LittleEndian.Uint32(body[windowOffset:]))
-	if length != 1 && length != 2 && length != 4 || offset%uint64(length) != 0 {
-		return 0, 0, nil
+	at := binary.LittleEndian.Uint32(body[windowOffset:])
+	if length != 1 && length != 2 && length != 4 || at%length != 0 {
+		return
 	}
-	return int(body[windowBAR]), offset, body[windowData : windowData+length]
-}
-
-// BeforeRead fetches what the window shows.
-func (w *pciWindow) BeforeRead(body []byte, offset, n int) {
-	if bar, at, data := target(body); len(data) > 0 && offset+n > windowData {
-		(*pci.Function)(w).ReadBAR(bar, at, data)
+	bar, data := int(body[windowBAR]), body[windowData:windowData+length]
+	if offset+n > windowData {
+		t.function.WriteBAR(bar, uint64(at), data)
 	}
-}
-
-// AfterWrite passes on what was written to the window.
-func (w *pciWindow) AfterWrite(body []byte, offset, n int) {
-	if bar, at, data := target(body); len(data) > 0 && offset+n > windowData {
-		(*pci.Function)(w).WriteBAR(bar, at, data)
-	}
+	t.function.ReadBAR(bar, uint64(at), data)
 }
