@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runc/libcontainer"
@@ -20,60 +21,66 @@ const maxSignal = 64
 
 // CreateContainer makes a container whose init waits for StartProcess.
 func (a *Agent) CreateContainer(ctx context.Context, r *agentproto.CreateContainerRequest) (*agentproto.CreateProcessResponse, error) {
-	id := r.GetId()
-	if err := checkID(id); err != nil {
+	io, err := openStdio(ctx, a.streams, r.GetStreams())
+	if err != nil {
 		return nil, err
 	}
-	a.mu.Lock()
-	_, exists := a.containers[id]
-	if !exists {
-		a.containers[id] = nil
+	if err := a.reserve(r.GetId()); err != nil {
+		io.abort()
+		return nil, err
 	}
-	a.mu.Unlock()
-	if exists {
-		return nil, fmt.Errorf("container %q: %w", id, errdefs.ErrAlreadyExists)
-	}
-
-	c, err := a.createContainer(ctx, r)
-
+	c, err := a.createContainer(ctx, r, io)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err != nil {
-		delete(a.containers, id)
+		delete(a.containers, r.GetId())
 		return nil, err
 	}
-	a.containers[id] = c
+	a.containers[c.id] = c
 	return &agentproto.CreateProcessResponse{Pid: uint32(c.init.pid.Load())}, nil
 }
 
-func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContainerRequest) (_ *container, err error) {
+// reserve takes the id of a container that is going to be made.
+func (a *Agent) reserve(id string) error {
+	if err := checkID(id); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, exists := a.containers[id]; exists {
+		return fmt.Errorf("container %q: %w", id, errdefs.ErrAlreadyExists)
+	}
+	a.containers[id] = nil
+	return nil
+}
+
+// createContainer makes a container whose id is reserved and whose init has the
+// streams io, which it ends if it fails.
+func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContainerRequest, io *stdio) (_ *container, err error) {
+	c := &container{id: r.GetId(), execs: make(map[string]*process)}
+	c.init = newProcess(c, "", io, a.log)
 	// On failure all is undone, in the opposite order.
-	var undo []func() error
+	undo := []func() error{func() error { c.init.abandon(); return nil }}
 	defer func() {
 		if err == nil {
 			return
 		}
-		for i := len(undo) - 1; i >= 0; i-- {
-			if uerr := undo[i](); uerr != nil {
-				a.log.Error("left behind by a container that could not be made", "container", r.GetId(), "error", uerr)
+		for _, f := range slices.Backward(undo) {
+			if uerr := f(); uerr != nil {
+				a.log.Error("left behind by a container that could not be made", "container", c.id, "error", uerr)
 			}
 		}
 	}()
 
-	spec, sysctls, remarks, err := parseSpec(r.GetSpec(), r.GetId())
+	spec, sysctls, remarks, err := parseSpec(r.GetSpec(), c.id)
 	if err != nil {
 		return nil, err
 	}
 	for _, remark := range remarks {
-		a.log.Warn(remark, "container", r.GetId())
+		a.log.Warn(remark, "container", c.id)
 	}
-	io, err := openStdio(ctx, a.streams, r.GetStreams(), spec.Process.Terminal)
-	if err != nil {
-		return nil, err
-	}
-	c := &container{id: r.GetId(), resources: spec.Linux.Resources, execs: make(map[string]*process)}
-	c.init = newProcess(c, "", spec.Process, io, a.log)
-	undo = append(undo, func() error { c.init.abandon(); return nil })
+	c.resources = spec.Linux.Resources
+	c.init.setSpec(spec.Process)
 
 	if c.storages, err = mountStorages("/sys", a.config.Root, r.GetStorages()); err != nil {
 		return nil, err
@@ -119,7 +126,16 @@ func (a *Agent) onExit(p *process) {
 }
 
 // CreateExec prepares a process in a container.
-func (a *Agent) CreateExec(ctx context.Context, r *agentproto.CreateExecRequest) (*emptypb.Empty, error) {
+func (a *Agent) CreateExec(ctx context.Context, r *agentproto.CreateExecRequest) (_ *emptypb.Empty, err error) {
+	io, err := openStdio(ctx, a.streams, r.GetStreams())
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			io.abort()
+		}
+	}()
 	if err := checkID(r.GetExecId()); err != nil {
 		return nil, err
 	}
@@ -134,12 +150,9 @@ func (a *Agent) CreateExec(ctx context.Context, r *agentproto.CreateExecRequest)
 	for _, remark := range remarks {
 		a.log.Warn(remark, "container", c.id, "exec", r.GetExecId())
 	}
-	io, err := openStdio(ctx, a.streams, r.GetStreams(), spec.Terminal)
-	if err != nil {
-		return nil, err
-	}
-	if err := c.addExec(newProcess(c, r.GetExecId(), spec, io, a.log)); err != nil {
-		io.abort()
+	p := newProcess(c, r.GetExecId(), io, a.log)
+	p.setSpec(spec)
+	if err := c.addExec(p); err != nil {
 		return nil, err
 	}
 	return &emptypb.Empty{}, nil

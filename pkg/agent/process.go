@@ -47,15 +47,21 @@ type process struct {
 	exitedAt time.Time
 }
 
-func newProcess(c *container, execID string, spec *specs.Process, io *stdio, log *slog.Logger) *process {
+func newProcess(c *container, execID string, io *stdio, log *slog.Logger) *process {
 	return &process{
 		container: c,
 		execID:    execID,
-		spec:      spec,
 		io:        io,
 		log:       log,
 		exited:    make(chan struct{}),
 	}
+}
+
+// setSpec says what the process is to be. It is called before anyone else knows
+// of the process.
+func (p *process) setSpec(spec *specs.Process) {
+	p.spec = spec
+	p.io.terminal = spec.Terminal
 }
 
 // launch makes the process by calling start, which is libcontainer's. onExit is

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
 
@@ -26,6 +27,7 @@ const pipeSize = 256 << 10
 // The order of calls is openStdio, attach, started, drain; or abort at any
 // time before started has succeeded.
 type stdio struct {
+	// terminal is set before attach.
 	terminal bool
 	stdin    streamConn
 	stdout   streamConn
@@ -46,8 +48,8 @@ type stdio struct {
 }
 
 // openStdio takes the streams of a process, which the shim has opened.
-func openStdio(ctx context.Context, hub *streamHub, ids *agentproto.Streams, terminal bool) (*stdio, error) {
-	s := &stdio{terminal: terminal}
+func openStdio(ctx context.Context, hub *streamHub, ids *agentproto.Streams) (*stdio, error) {
+	s := new(stdio)
 	for _, stream := range []struct {
 		name string
 		id   uint64
@@ -67,10 +69,6 @@ func openStdio(ctx context.Context, hub *streamHub, ids *agentproto.Streams, ter
 		}
 		*stream.conn = conn
 	}
-	if terminal && s.stderr != nil {
-		s.abort()
-		return nil, errors.New("a process with a terminal has no stderr stream")
-	}
 	return s, nil
 }
 
@@ -79,6 +77,9 @@ func openStdio(ctx context.Context, hub *streamHub, ids *agentproto.Streams, ter
 // depends on its owner.
 func (s *stdio) attach(p *libcontainer.Process, uid, gid int) error {
 	if s.terminal {
+		if s.stderr != nil {
+			return fmt.Errorf("a process with a terminal has no stderr stream: %w", errdefs.ErrInvalidArgument)
+		}
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return fmt.Errorf("make the console socket: %w", err)
