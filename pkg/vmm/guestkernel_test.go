@@ -203,16 +203,6 @@ func guestKernel(t *testing.T) *os.File {
 	return file
 }
 
-func openKVM(t *testing.T) *os.File {
-	t.Helper()
-	file, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { file.Close() })
-	return file
-}
-
 func guestConfig(t *testing.T, action, more string) (Config, *consoleBuffer) {
 	console := &consoleBuffer{t: t}
 	return Config{
