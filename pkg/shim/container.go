@@ -1,0 +1,337 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"time"
+
+	eventsapi "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
+	"github.com/microvm-runtime/microvm/pkg/shim/state"
+	"github.com/microvm-runtime/microvm/pkg/shim/stdio"
+)
+
+const (
+	// execsEnd is how long the other processes of a container may outlive
+	// init, which takes them along.
+	execsEnd = 10 * time.Second
+	// initEnd is how long init of a container that was not started may take
+	// to die when it is deleted.
+	initEnd = 10 * time.Second
+
+	sigkill = 9
+)
+
+// container is a task of containerd's.
+type container struct {
+	id         string
+	bundle     string
+	sandbox    *sandbox
+	sandboxPid uint32
+	init       *process
+	hooks      specs.Hooks
+	hookState  specs.State
+	publish    func(proto.Message)
+
+	// operation is held by pause, resume and update.
+	operation sync.Mutex
+	// execs counts the running ones.
+	execs sync.WaitGroup
+
+	mu        sync.Mutex
+	paused    bool
+	pausing   bool
+	ending    bool // init has ended: no further exec may start
+	starting  int  // execs that are being started
+	started   *sync.Cond
+	processes map[string]*process // by exec id
+}
+
+func newContainer(id, bundle string, s *sandbox, publish func(proto.Message)) *container {
+	c := &container{
+		id:         id,
+		bundle:     bundle,
+		sandbox:    s,
+		sandboxPid: uint32(s.vm.Pid()),
+		publish:    publish,
+		processes:  map[string]*process{},
+	}
+	c.started = sync.NewCond(&c.mu)
+	return c
+}
+
+// process finds one by its exec id; the empty id is init's.
+func (c *container) process(execID string) (*process, error) {
+	if execID == "" {
+		return c.init, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.processes[execID]
+	if p == nil || p.streams == nil {
+		return nil, fmt.Errorf("process %s of container %s: %w", execID, c.id, errdefs.ErrNotFound)
+	}
+	return p, nil
+}
+
+// status of a process, which is the container's when that is paused.
+func (c *container) status(p *process) (task.Status, uint32, time.Time) {
+	status, code, at := p.state()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if status == task.Status_RUNNING {
+		switch {
+		case c.pausing:
+			status = task.Status_PAUSING
+		case c.paused:
+			status = task.Status_PAUSED
+		}
+	}
+	return status, code, at
+}
+
+// beginExec and endExecStart enclose the start of an exec, so that init's exit
+// is the last one of the container to be told.
+func (c *container) beginExec() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.ending:
+		return fmt.Errorf("container %s: its init process is not running: %w", c.id, errdefs.ErrFailedPrecondition)
+	case c.paused:
+		return fmt.Errorf("container %s is paused: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	c.starting++
+	return nil
+}
+
+func (c *container) endExecStart() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.starting--
+	c.started.Broadcast()
+}
+
+// endExecs waits until all other processes have ended and that was told: they
+// end with init, except in a container without pids of its own.
+func (c *container) endExecs() {
+	c.mu.Lock()
+	c.ending = true
+	for c.starting > 0 {
+		c.started.Wait()
+	}
+	c.mu.Unlock()
+
+	ended := make(chan struct{})
+	go func() {
+		c.execs.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(execsEnd):
+		log.L.Errorf("container %s: processes outlive its init process", c.id)
+	}
+}
+
+// addExec creates a further process.
+func (c *container) addExec(ctx context.Context, execID string, spec *specs.Process, config stdio.Config) error {
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return fmt.Errorf("exec %s: %w", execID, err)
+	}
+	reserved := &process{} // streams are nil: not to be found yet
+	c.mu.Lock()
+	switch {
+	case c.processes[execID] != nil:
+		err = fmt.Errorf("exec %s: %w", execID, errdefs.ErrAlreadyExists)
+	case c.ending:
+		err = fmt.Errorf("cannot exec in a stopped container: %w", errdefs.ErrFailedPrecondition)
+	case c.paused:
+		err = fmt.Errorf("cannot exec in a paused container: %w", errdefs.ErrFailedPrecondition)
+	default:
+		c.processes[execID] = reserved
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	p, err := c.createExec(ctx, execID, data, config)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil {
+		delete(c.processes, execID)
+		return err
+	}
+	c.processes[execID] = p
+	c.publish(&eventsapi.TaskExecAdded{ContainerID: c.id, ExecID: execID})
+	return nil
+}
+
+func (c *container) createExec(ctx context.Context, execID string, spec []byte, config stdio.Config) (_ *process, err error) {
+	if err := c.sandbox.alive(); err != nil {
+		return nil, err
+	}
+	streams, err := stdio.Open(ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("exec %s: %w: %w", execID, err, errdefs.ErrInvalidArgument)
+	}
+	defer func() {
+		if err != nil {
+			streams.Close()
+		}
+	}()
+	connections, err := c.sandbox.connect(ctx, streams)
+	if err != nil {
+		return nil, fmt.Errorf("exec %s: %w", execID, err)
+	}
+	defer connections.close()
+	if err := c.sandbox.agent.CreateExec(ctx, c.id, execID, spec, &connections.ids); err != nil {
+		return nil, err
+	}
+	connections.copy(streams)
+	return newProcess(c, execID, config, streams), nil
+}
+
+// deleteExec forgets a process that does not run.
+func (c *container) deleteExec(ctx context.Context, p *process) error {
+	p.operation.Lock()
+	defer p.operation.Unlock()
+	status, _, _ := p.state()
+	switch {
+	case p.isDeleted():
+		return fmt.Errorf("process %s: %w", p.execID, errdefs.ErrNotFound)
+	case status == task.Status_RUNNING:
+		return fmt.Errorf("cannot delete a running process: %w", errdefs.ErrFailedPrecondition)
+	}
+	p.remove(ctx)
+	p.exit(agentclient.UnknownStatus, time.Now(), nil) // if it was never started
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.processes, p.execID)
+	return nil
+}
+
+// delete takes the container apart, which must not run.
+func (c *container) delete(ctx context.Context) error {
+	p := c.init
+	if status, _, _ := p.state(); status == task.Status_CREATED {
+		// As runc does: what was created only is killed.
+		if err := p.kill(ctx, sigkill, false); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("delete container %s: %w", c.id, err)
+		}
+		select {
+		case <-p.exited:
+		case <-time.After(initEnd):
+			return fmt.Errorf("container %s: init does not end: %w", c.id, errdefs.ErrUnavailable)
+		case <-ctx.Done():
+			return fmt.Errorf("delete container %s: %w", c.id, ctx.Err())
+		}
+	}
+	p.operation.Lock()
+	defer p.operation.Unlock()
+	status, code, at := p.state()
+	switch {
+	case p.isDeleted():
+		return fmt.Errorf("container %s: %w", c.id, errdefs.ErrNotFound)
+	case status != task.Status_STOPPED:
+		return fmt.Errorf("cannot delete a running process: %w", errdefs.ErrFailedPrecondition)
+	}
+	c.mu.Lock()
+	for id, exec := range c.processes {
+		if exec.streams != nil {
+			exec.streams.Close()
+		}
+		delete(c.processes, id)
+	}
+	c.mu.Unlock()
+	p.remove(ctx)
+	if err := c.sandbox.tree.Remove(c.id); err != nil {
+		log.L.WithError(err).Errorf("container %s: its mounts are left until the sandbox ends", c.id)
+	}
+	c.hookState.Status = specs.StateStopped
+	if err := runHooks(ctx, "poststop", c.hooks.Poststop, c.hookState); err != nil {
+		log.L.WithError(err).Warnf("container %s", c.id)
+	}
+	c.publish(&eventsapi.TaskDelete{
+		ContainerID: c.id,
+		Pid:         c.sandboxPid,
+		ExitStatus:  code,
+		ExitedAt:    timestamppb.New(at),
+	})
+	return nil
+}
+
+// pause freezes the container, resume lets it go on.
+func (c *container) pause(ctx context.Context) error {
+	c.operation.Lock()
+	defer c.operation.Unlock()
+	if status, _, _ := c.status(c.init); status != task.Status_RUNNING {
+		return fmt.Errorf("cannot pause a container that is %s: %w", statusText(status), errdefs.ErrFailedPrecondition)
+	}
+	c.setPaused(false, true)
+	err := c.sandbox.agent.Pause(ctx, c.id)
+	c.setPaused(err == nil, false)
+	if err != nil {
+		return err
+	}
+	c.publish(&eventsapi.TaskPaused{ContainerID: c.id})
+	return nil
+}
+
+func (c *container) resume(ctx context.Context) error {
+	c.operation.Lock()
+	defer c.operation.Unlock()
+	if status, _, _ := c.status(c.init); status != task.Status_PAUSED {
+		return fmt.Errorf("cannot resume a container that is %s: %w", statusText(status), errdefs.ErrFailedPrecondition)
+	}
+	if err := c.sandbox.agent.Resume(ctx, c.id); err != nil {
+		return err
+	}
+	c.setPaused(false, false)
+	c.publish(&eventsapi.TaskResumed{ContainerID: c.id})
+	return nil
+}
+
+func (c *container) setPaused(paused, pausing bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.paused, c.pausing = paused, pausing
+}
+
+func statusText(s task.Status) string {
+	return map[task.Status]string{
+		task.Status_CREATED: "created", task.Status_RUNNING: "running", task.Status_STOPPED: "stopped",
+		task.Status_PAUSED: "paused", task.Status_PAUSING: "being paused",
+	}[s]
+}
+
+// exitRecord is what a bundle keeps of a container that has ended, in case the
+// shim is gone when containerd asks.
+type exitRecord struct {
+	Pid        uint32    `json:"pid"`
+	ExitStatus uint32    `json:"exit_status"`
+	ExitedAt   time.Time `json:"exited_at"`
+}
+
+func exitRecordPath(bundle string) string { return filepath.Join(bundle, "microvm-exit.json") }
+
+func (c *container) recordExit(code uint32, at time.Time) {
+	data, err := json.Marshal(exitRecord{Pid: c.sandboxPid, ExitStatus: code, ExitedAt: at})
+	if err == nil {
+		err = state.WriteFile(exitRecordPath(c.bundle), data)
+	}
+	if err != nil {
+		log.L.WithError(err).Warnf("container %s: cannot record its exit", c.id)
+	}
+}

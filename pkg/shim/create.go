@@ -1,0 +1,300 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	eventsapi "github.com/containerd/containerd/api/events"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/identifiers"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/shim/share"
+	"github.com/microvm-runtime/microvm/pkg/shim/stdio"
+)
+
+// maxSpec bounds a specification: it goes to the agent in one message, of at
+// most 4 MiB.
+const maxSpec = 3 << 20
+
+var errAbandoned = errors.New("the container was deleted while it was being created")
+
+// Create makes a container, and the virtual machine if it is the first one.
+func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*taskapi.CreateTaskResponse, error) {
+	if err := identifiers.Validate(r.GetID()); err != nil {
+		return nil, fmt.Errorf("container id: %w", err)
+	}
+	if r.GetCheckpoint() != "" {
+		return nil, fmt.Errorf("container %s: a virtual machine's containers cannot be restored from a checkpoint: %w",
+			r.GetID(), errdefs.ErrNotImplemented)
+	}
+	ctx, finish, err := s.reserve(ctx, r.GetID())
+	if err != nil {
+		return nil, err
+	}
+	c, err := s.create(ctx, r)
+	if err != nil && errors.Is(context.Cause(ctx), errAbandoned) {
+		err = fmt.Errorf("container %s: %w: %w", r.GetID(), errAbandoned, errdefs.ErrAborted)
+	}
+	finish(c)
+	if err != nil {
+		log.L.WithError(err).Errorf("container %s could not be created", r.GetID())
+		return nil, err
+	}
+	go c.init.watch()
+	return &taskapi.CreateTaskResponse{Pid: c.sandboxPid}, nil
+}
+
+// reserve keeps an id for a container that is about to be created. The context
+// ends when the container is deleted meanwhile. finish gives the id to the
+// container, or up if it is nil.
+func (s *service) reserve(ctx context.Context, id string) (_ context.Context, finish func(*container), err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.containers[id] != nil || s.creating[id] != nil:
+		err = fmt.Errorf("container %s: %w", id, errdefs.ErrAlreadyExists)
+	case s.closed:
+		err = fmt.Errorf("container %s: the sandbox is shutting down: %w", id, errdefs.ErrUnavailable)
+	}
+	if err != nil {
+		cancel(nil)
+		return nil, nil, err
+	}
+	creation := &creation{cancel: cancel, done: make(chan struct{})}
+	s.creating[id] = creation
+	return ctx, func(c *container) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.creating, id)
+		if c != nil {
+			s.containers[id] = c
+		}
+		cancel(nil)
+		close(creation.done)
+	}, nil
+}
+
+// abandon ends a Create in progress and waits until it has cleaned up.
+func (s *service) abandon(ctx context.Context, id string) {
+	s.mu.Lock()
+	creation := s.creating[id]
+	s.mu.Unlock()
+	if creation == nil {
+		return
+	}
+	creation.cancel(errAbandoned)
+	select {
+	case <-creation.done:
+	case <-ctx.Done():
+	}
+}
+
+// create does the work of Create. On an error nothing is left of the
+// container, nor of a sandbox without containers.
+func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *container, err error) {
+	select {
+	case s.slot <- struct{}{}:
+		defer func() { <-s.slot }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	spec, err := readSpec(r.GetBundle())
+	if err != nil {
+		return nil, err
+	}
+	rootfs := rootfsOf(r, spec)
+	first := s.sandbox == nil || s.sandbox.agent == nil
+	sandbox := sandboxConfig{limits: limitsOf(spec), hostname: spec.Hostname, onOOM: s.oom}
+	if spec.Linux != nil {
+		sandbox.cgroupsPath = spec.Linux.CgroupsPath
+	}
+	rewritten, err := guestspec.Rewrite(spec, guestspec.Input{
+		ID: r.GetID(), Bundle: r.GetBundle(), First: first, Terminal: r.GetTerminal(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, remark := range rewritten.Remarks {
+		log.L.Infof("container %s: %s", r.GetID(), remark)
+	}
+	guest, err := json.Marshal(rewritten.Spec)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: specification: %w", r.GetID(), err)
+	}
+
+	if s.sandbox == nil {
+		if s.sandbox, err = newSandbox(s.host); err != nil {
+			return nil, err
+		}
+	}
+	defer func() {
+		if err != nil && first {
+			if stopErr := s.sandbox.stop(); stopErr != nil {
+				log.L.WithError(stopErr).Error("a sandbox that did not start is not cleaned up")
+			}
+			s.sandbox = nil
+		}
+	}()
+	if err := s.sandbox.tree.Add(r.GetID(), rootfs, rewritten.Mounts); err != nil {
+		return nil, fmt.Errorf("container %s: %w", r.GetID(), err)
+	}
+	defer func() {
+		if err != nil {
+			if removeErr := s.sandbox.tree.Remove(r.GetID()); removeErr != nil {
+				log.L.WithError(removeErr).Errorf("container %s", r.GetID())
+			}
+		}
+	}()
+	if first {
+		err = s.sandbox.start(ctx, sandbox)
+	} else {
+		err = s.sandbox.alive()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("sandbox: %w", err)
+	}
+	return s.createInGuest(ctx, r, guest, rewritten)
+}
+
+// createInGuest makes the container in the running machine.
+func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskRequest, spec []byte, rewritten *guestspec.Result) (_ *container, err error) {
+	c := newContainer(r.GetID(), r.GetBundle(), s.sandbox, s.publish)
+	c.hooks = rewritten.HostHooks
+	c.hookState = specs.State{
+		Version: rewritten.Spec.Version, ID: c.id, Status: specs.StateCreating, Pid: int(c.sandboxPid),
+		Bundle: c.bundle, Annotations: rewritten.Spec.Annotations,
+	}
+	//lint:ignore SA1019 deprecated, but in use
+	prestart := c.hooks.Prestart
+	err = runHooks(ctx, "prestart", prestart, c.hookState)
+	if err == nil {
+		err = runHooks(ctx, "createRuntime", c.hooks.CreateRuntime, c.hookState)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.id, err)
+	}
+	config := stdio.Config{
+		ID: c.id, Namespace: s.namespace,
+		Stdin: r.GetStdin(), Stdout: r.GetStdout(), Stderr: r.GetStderr(), Terminal: r.GetTerminal(),
+	}
+	streams, err := stdio.Open(ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w: %w", c.id, err, errdefs.ErrInvalidArgument)
+	}
+	defer func() {
+		if err != nil {
+			streams.Close()
+		}
+	}()
+	connections, err := s.sandbox.connect(ctx, streams)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.id, err)
+	}
+	defer connections.close()
+	if _, err := s.sandbox.agent.CreateContainer(ctx, c.id, spec, &connections.ids); err != nil {
+		if ctx.Err() != nil {
+			go s.sandbox.discard(c.id)
+		}
+		return nil, fmt.Errorf("container %s: %w", c.id, err)
+	}
+	connections.copy(streams)
+	c.init = newProcess(c, "", config, streams)
+	c.hookState.Status = specs.StateCreated
+	s.publish(&eventsapi.TaskCreate{
+		ContainerID: c.id,
+		Bundle:      c.bundle,
+		Rootfs:      r.GetRootfs(),
+		IO: &eventsapi.TaskIO{
+			Stdin: config.Stdin, Stdout: config.Stdout, Stderr: config.Stderr, Terminal: config.Terminal,
+		},
+		Checkpoint: r.GetCheckpoint(),
+		Pid:        c.sandboxPid,
+	})
+	return c, nil
+}
+
+// oom tells of a container that has run into its memory limit. The id is the
+// agent's word.
+func (s *service) oom(id string) {
+	if !s.oomEvents.allow() {
+		return
+	}
+	if c, err := s.container(id); err == nil {
+		s.publish(&eventsapi.TaskOOM{ContainerID: c.id})
+	}
+}
+
+// readSpec reads a bundle's config.json.
+func readSpec(bundle string) (*specs.Spec, error) {
+	f, err := os.Open(filepath.Join(bundle, "config.json"))
+	if err != nil {
+		return nil, fmt.Errorf("bundle: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxSpec+1))
+	if err != nil {
+		return nil, fmt.Errorf("bundle: %w", err)
+	}
+	if len(data) > maxSpec {
+		return nil, fmt.Errorf("bundle: %s has more than %d bytes: %w", f.Name(), maxSpec, errdefs.ErrInvalidArgument)
+	}
+	var spec specs.Spec
+	if err := json.Unmarshal(data, &spec); err != nil {
+		return nil, fmt.Errorf("bundle: %s: %w: %w", f.Name(), err, errdefs.ErrInvalidArgument)
+	}
+	return &spec, nil
+}
+
+// rootfsOf says where the root file system is: in the mounts of the request
+// or, where a caller has mounted it, at the path that the specification names.
+func rootfsOf(r *taskapi.CreateTaskRequest, spec *specs.Spec) share.Rootfs {
+	if len(r.GetRootfs()) > 0 {
+		return share.Rootfs{Mounts: mount.FromProto(r.GetRootfs())}
+	}
+	path := "rootfs"
+	if spec.Root != nil {
+		path = spec.Root.Path
+	}
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(r.GetBundle(), path)
+	}
+	return share.Rootfs{Path: path}
+}
+
+// stop ends the sandbox, and what is left of its containers with it.
+func (s *service) stop() error {
+	s.mu.Lock()
+	s.closed = true
+	for _, c := range s.creating {
+		c.cancel(errors.New("the sandbox is shutting down"))
+	}
+	s.mu.Unlock()
+	s.slot <- struct{}{} // for good
+	if s.sandbox == nil {
+		return nil
+	}
+	err := s.sandbox.stop()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	deadline := time.After(time.Second)
+	for _, c := range s.containers {
+		select {
+		case <-c.init.exited: // its event is on its way
+		case <-deadline:
+			return errors.Join(err, fmt.Errorf("container %s has not ended with its sandbox", c.id))
+		}
+	}
+	return err
+}

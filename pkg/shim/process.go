@@ -1,0 +1,230 @@
+package shim
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	eventsapi "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
+	"github.com/microvm-runtime/microvm/pkg/shim/stdio"
+)
+
+// drainStall is how long the client of a process that has ended may not read
+// its output before the exit is told all the same.
+const drainStall = 10 * time.Second
+
+// process is a container's init process, or another one by its exec id.
+type process struct {
+	container *container
+	execID    string // empty for init
+	stdio     stdio.Config
+	streams   *stdio.Streams
+
+	// operation is held by what changes the process's state on a client's
+	// behalf: start and delete.
+	operation sync.Mutex
+
+	mu      sync.Mutex
+	status  task.Status // CREATED, RUNNING or STOPPED
+	deleted bool
+	// told is closed when the start event is on its way; the exit must not
+	// overtake it.
+	told   chan struct{}
+	code   uint32
+	at     time.Time
+	exited chan struct{} // closed when STOPPED
+}
+
+func newProcess(c *container, execID string, config stdio.Config, streams *stdio.Streams) *process {
+	return &process{
+		container: c,
+		execID:    execID,
+		stdio:     config,
+		streams:   streams,
+		status:    task.Status_CREATED,
+		told:      make(chan struct{}),
+		exited:    make(chan struct{}),
+	}
+}
+
+// id is the one by which containerd's events name the process.
+func (p *process) id() string {
+	if p.execID == "" {
+		return p.container.id
+	}
+	return p.execID
+}
+
+func (p *process) state() (status task.Status, code uint32, at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.status, p.code, p.at
+}
+
+// pid is the number of a process of the host's, the VMM: numbers of the guest
+// mean other processes here, and are the guest's to choose.
+func (p *process) pid() uint32 {
+	status, _, _ := p.state()
+	if p.execID != "" && status == task.Status_CREATED {
+		return 0
+	}
+	return p.container.sandboxPid
+}
+
+// start lets the process run.
+func (p *process) start(ctx context.Context) error {
+	p.operation.Lock()
+	defer p.operation.Unlock()
+	c := p.container
+	status, _, _ := p.state()
+	switch {
+	case p.isDeleted():
+		return fmt.Errorf("process %s: %w", p.id(), errdefs.ErrNotFound)
+	case status == task.Status_RUNNING:
+		return fmt.Errorf("cannot start a running process: %w", errdefs.ErrFailedPrecondition)
+	case status == task.Status_STOPPED:
+		return fmt.Errorf("cannot start a stopped process: %w", errdefs.ErrFailedPrecondition)
+	}
+	if p.execID != "" {
+		if err := c.beginExec(); err != nil {
+			return err
+		}
+		defer c.endExecStart()
+	}
+	if err := c.sandbox.alive(); err != nil {
+		return err
+	}
+	if _, err := c.sandbox.agent.StartProcess(ctx, c.id, p.execID); err != nil {
+		if p.execID != "" {
+			// Nobody will tell of its end, because it has not begun.
+			p.exit(agentclient.UnknownStatus, time.Now(), nil)
+		}
+		return err
+	}
+	p.mu.Lock()
+	if p.status == task.Status_CREATED {
+		p.status = task.Status_RUNNING
+	}
+	p.mu.Unlock()
+	if p.execID == "" {
+		c.publish(&eventsapi.TaskStart{ContainerID: c.id, Pid: p.pid()})
+	} else {
+		c.publish(&eventsapi.TaskExecStarted{ContainerID: c.id, ExecID: p.execID, Pid: p.pid()})
+		c.execs.Add(1)
+		go func() {
+			defer c.execs.Done()
+			p.watch()
+		}()
+	}
+	close(p.told)
+	return nil
+}
+
+// watch waits for the end of the process in the guest, and for its output,
+// and tells of it, once.
+func (p *process) watch() {
+	c := p.container
+	code, err := c.sandbox.agent.WaitProcess(context.Background(), c.id, p.execID)
+	switch {
+	case errdefs.IsUnavailable(err):
+		code = c.sandbox.deathStatus()
+	case err != nil:
+		log.L.WithError(err).Errorf("the agent does not say how process %s has ended", p.id())
+		code = agentclient.UnknownStatus
+	}
+	at := time.Now()
+	if err := p.streams.Drain(drainStall); err != nil {
+		log.L.WithError(err).Warnf("process %s has ended, but its output is not read", p.id())
+	}
+	if p.execID == "" {
+		c.endExecs()
+	}
+	p.awaitStart()
+	if p.execID == "" {
+		c.recordExit(code, at)
+	}
+	p.exit(code, at, func() {
+		c.publish(&eventsapi.TaskExit{
+			ContainerID: c.id,
+			ID:          p.id(),
+			Pid:         c.sandboxPid,
+			ExitStatus:  code,
+			ExitedAt:    timestamppb.New(at),
+		})
+	})
+}
+
+// awaitStart waits until a start in progress has told of itself.
+func (p *process) awaitStart() {
+	select {
+	case <-p.told:
+		return
+	default:
+	}
+	// Either it is being started now, and told soon, or it never was.
+	p.operation.Lock()
+	defer p.operation.Unlock()
+}
+
+// exit ends the process for everybody in one step: who sees that it has
+// stopped knows that tell was called, and who is told sees it stopped.
+func (p *process) exit(code uint32, at time.Time, tell func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.status == task.Status_STOPPED {
+		return
+	}
+	p.status, p.code, p.at = task.Status_STOPPED, code, at
+	if tell != nil {
+		tell()
+	}
+	close(p.exited)
+}
+
+// kill sends a signal, to all processes of the container if all is set.
+func (p *process) kill(ctx context.Context, signal uint32, all bool) error {
+	const maxSignal = 64 // SIGRTMAX
+	if signal > maxSignal {
+		return fmt.Errorf("signal %d: %w", signal, errdefs.ErrInvalidArgument)
+	}
+	status, _, _ := p.state()
+	switch {
+	case status == task.Status_STOPPED:
+		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
+	case status == task.Status_CREATED && p.execID != "":
+		return fmt.Errorf("process not created: %w", errdefs.ErrFailedPrecondition)
+	}
+	if p.container.sandbox.alive() != nil {
+		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
+	}
+	return p.container.sandbox.agent.Signal(ctx, p.container.id, p.execID, signal, all)
+}
+
+func (p *process) isDeleted() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.deleted
+}
+
+// remove forgets the process in the guest and closes its streams. The caller
+// holds operation.
+func (p *process) remove(ctx context.Context) {
+	c := p.container
+	if c.sandbox.alive() == nil {
+		if err := c.sandbox.agent.DeleteProcess(ctx, c.id, p.execID); err != nil && !errdefs.IsNotFound(err) {
+			// The guest keeps something; it has its machine's limits.
+			log.L.WithError(err).Warnf("the agent does not delete process %s", p.id())
+		}
+	}
+	p.streams.Close()
+	p.mu.Lock()
+	p.deleted = true
+	p.mu.Unlock()
+}

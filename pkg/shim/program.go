@@ -1,0 +1,109 @@
+// Package shim is containerd-shim-microvm-v2: containerd's runtime API for
+// containers that run in a virtual machine, one machine for each sandbox.
+//
+// The program is called in several ways, see package bootstrap. `start` starts
+// the process that serves a sandbox, or finds the one that does; `delete`
+// cleans up after one that is gone.
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+
+	"github.com/containerd/containerd/v2/pkg/identifiers"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/bootstrap"
+	"github.com/microvm-runtime/microvm/pkg/shim/state"
+)
+
+// Name is the runtime's.
+const Name = "io.containerd.microvm.v2"
+
+// Version of the program, set by the build.
+var Version = "dev"
+
+// Program is the shim's program. The zero value is the one to run; tests put
+// parts in.
+type Program struct {
+	// stateRoot replaces state.Root.
+	stateRoot string
+	// launch replaces launch.
+	launch func(context.Context, launchRequest) (machine, error)
+}
+
+// Run does what the command line asks for and returns the exit code.
+func (p *Program) Run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	if p.stateRoot == "" {
+		p.stateRoot = state.Root
+	}
+	if p.launch == nil {
+		p.launch = launch
+	}
+	in, err := bootstrap.Parse(args, os.Getenv, stdin)
+	if err == nil {
+		switch in.Action {
+		case bootstrap.ActionVersion:
+			err = printVersion(stdout)
+		case bootstrap.ActionInfo:
+			err = printInfo(stdin, stdout)
+		case bootstrap.ActionStart:
+			err = p.start(in, stdout)
+		case bootstrap.ActionDelete:
+			err = p.delete(in, stdout)
+		case bootstrap.ActionServe:
+			err = p.serve(in, stdin)
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "%s: %v\n", Name, err)
+		return 1
+	}
+	return 0
+}
+
+// groupAnnotations name a container's sandbox, in the order they count:
+// containers with the same value share a virtual machine.
+var groupAnnotations = []string{
+	"io.containerd.runc.v2.group",
+	"io.kubernetes.cri.sandbox-id",
+}
+
+// groupOf returns the name of the sandbox that a bundle's container belongs
+// to: its own id if no annotation names one, or the bundle has no
+// specification.
+func groupOf(bundle, id string) (string, error) {
+	var spec struct {
+		Annotations map[string]string `json:"annotations"`
+	}
+	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return id, nil
+	case err != nil:
+		return "", fmt.Errorf("bundle: %w", err)
+	}
+	if err := json.Unmarshal(data, &spec); err != nil {
+		return "", fmt.Errorf("bundle: config.json: %w", err)
+	}
+	for _, name := range groupAnnotations {
+		if group := spec.Annotations[name]; group != "" {
+			if err := identifiers.Validate(group); err != nil {
+				return "", fmt.Errorf("annotation %s: %w", name, err)
+			}
+			return group, nil
+		}
+	}
+	return id, nil
+}
+
+// tuneMemory keeps a process small that is idle nearly always.
+func tuneMemory() {
+	debug.SetGCPercent(40)
+}

@@ -1,0 +1,388 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
+	"github.com/microvm-runtime/microvm/pkg/shim/config"
+	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/shim/printable"
+	"github.com/microvm-runtime/microvm/pkg/shim/share"
+	"github.com/microvm-runtime/microvm/pkg/shim/state"
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+)
+
+const (
+	// powerOff bounds an orderly end of the machine; killed, the time until
+	// the kernel has taken a killed VMM away. Together they fit into the five
+	// seconds that containerd gives `delete`, which waits for both.
+	powerOff = 2 * time.Second
+	killed   = 2 * time.Second
+	// lastWords is how long the end of the machine may come after the loss of
+	// its agent.
+	lastWords = 3 * time.Second
+
+	statusKilled = 128 + 9
+)
+
+// host is what a sandbox does with the host. Tests have another one.
+type host struct {
+	config  func() (*config.Config, error)
+	launch  func(context.Context, launchRequest) (machine, error)
+	newTree func() (tree, error)
+	// place moves the shim, and so the VMM, into the sandbox's cgroup.
+	place func(path string) (*placement, error)
+	// record stores the VMM's identity for a later clean-up.
+	record   func(vmm state.Process) error
+	cpus     int
+	memory   uint64 // bytes
+	identify func(pid int) (state.Process, error)
+}
+
+// placement is a shim that is in its sandbox's cgroup.
+type placement struct {
+	// launched is called when the VMM has been started, leave when it has
+	// ended.
+	launched, leave func()
+}
+
+// tree is *share.Tree.
+type tree interface {
+	Open() (*os.File, error)
+	Add(id string, rootfs share.Rootfs, mounts []guestspec.Mount) error
+	Remove(id string) error
+	Close() error
+}
+
+// sandbox is a virtual machine and what belongs to it on the host. Start and
+// stop are called by one goroutine at a time, the other methods by any.
+type sandbox struct {
+	host *host
+	tree tree
+	vm   machine
+	// agent is set as long as the machine is up.
+	agent *agentclient.Client
+	logs  *machineLogs
+	// placed is nil when the sandbox has no cgroup.
+	placed *placement
+
+	mu       sync.Mutex
+	stopping bool
+	end      error  // why the machine has ended; set before dead is closed
+	status   uint32 // of the processes that ended with it
+	dead     chan struct{}
+}
+
+// newSandbox prepares the shared directory. The machine starts with start.
+func newSandbox(h *host) (*sandbox, error) {
+	t, err := h.newTree()
+	if err != nil {
+		return nil, err
+	}
+	return &sandbox{host: h, tree: t, dead: make(chan struct{})}, nil
+}
+
+// sandboxConfig is what the first container says about the whole sandbox.
+type sandboxConfig struct {
+	limits      limits
+	cgroupsPath string
+	hostname    string
+	onOOM       func(containerID string)
+}
+
+// start boots the machine and waits for its agent. On an error nothing of the
+// machine is left.
+func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
+	conf, err := s.host.config()
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if conf.Debug {
+		setLogLevel(true)
+	}
+	begin := time.Now()
+	if c.cgroupsPath != "" {
+		if s.placed, err = s.host.place(c.cgroupsPath); err != nil {
+			return err
+		}
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.kill())
+			s.leaveCgroup()
+		}
+	}()
+	ctx, cancel := context.WithTimeoutCause(ctx, conf.BootTimeout,
+		fmt.Errorf("the guest did not start within %v (configuration key boot_timeout)", conf.BootTimeout))
+	defer cancel()
+	if err := s.boot(ctx, conf, c.limits); err != nil {
+		return err
+	}
+	info, err := s.agent.Info(ctx)
+	if err == nil {
+		err = s.agent.ConfigureSandbox(ctx, c.hostname, sharedTag, nil)
+	}
+	if err != nil {
+		return s.logs.describe(s.bootError(ctx, err))
+	}
+	go s.watchOOM(c.onOOM)
+	go s.monitor()
+	log.L.WithFields(log.Fields{
+		"vmm": s.vm.Pid(), "kernel": info.KernelRelease, "agent": info.Version, "took": time.Since(begin).Round(time.Millisecond).String(),
+	}).Info("the sandbox's virtual machine is up")
+	return nil
+}
+
+// boot launches the VMM and takes the agent's connection.
+func (s *sandbox) boot(ctx context.Context, conf *config.Config, l limits) error {
+	shared, err := s.tree.Open()
+	if err != nil {
+		return err
+	}
+	defer shared.Close()
+	logs, console, vmmLog, err := openLogs(conf.Debug)
+	if err != nil {
+		return err
+	}
+	s.logs = logs
+	vm, err := s.host.launch(ctx, launchRequest{
+		config:  conf,
+		size:    machineSize(conf, l, s.host.cpus, s.host.memory),
+		shared:  shared,
+		console: console,
+		log:     vmmLog,
+	})
+	if s.placed != nil {
+		s.placed.launched()
+	}
+	if err != nil {
+		logs.vmm.wait(time.Second)
+		if lines := logs.vmm.last(4); len(lines) > 0 {
+			return logs.describe(err)
+		}
+		return err
+	}
+	s.vm = vm
+	s.recordVMM()
+	conn, err := vm.Accept(ctx, agentclient.ControlPort)
+	if err != nil {
+		return logs.describe(s.bootError(ctx, err))
+	}
+	s.agent = agentclient.New(conn)
+	return nil
+}
+
+// bootError says what has become of a machine whose agent did not come.
+func (s *sandbox) bootError(ctx context.Context, err error) error {
+	select {
+	case <-s.vm.Done():
+		s.logs.console.wait(time.Second)
+		return fmt.Errorf("the guest ended before it was ready: %s", exitText(s.vm.Exit()))
+	default:
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return fmt.Errorf("the guest's agent: %w", err)
+}
+
+// recordVMM notes the VMM for a clean-up without this process, and lets the
+// host's kernel choose it before others when memory runs out: the shim's
+// score, which it has inherited, is that of a daemon.
+func (s *sandbox) recordVMM() {
+	pid := s.vm.Pid()
+	process, err := s.host.identify(pid)
+	if err == nil {
+		err = s.host.record(process)
+	}
+	if err != nil {
+		// It ends with this process anyway, by PR_SET_PDEATHSIG.
+		log.L.WithError(err).Warn("cannot record the VMM")
+	}
+	if err := setOOMScore(pid, 0); err != nil {
+		log.L.WithError(err).Debug("cannot set the VMM's OOM score")
+	}
+}
+
+// setOOMScore raises a process's score; that it is not lowered, which takes a
+// capability, is no error.
+func setOOMScore(pid, score int) error {
+	path := "/proc/" + strconv.Itoa(pid) + "/oom_score_adj"
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if now, err := strconv.Atoi(string(trimEnd(data))); err == nil && now >= score {
+		return nil
+	}
+	return os.WriteFile(path, []byte(strconv.Itoa(score)), 0)
+}
+
+// exitText describes how a machine ended, which a guest has a say in.
+func exitText(e control.Exit) string {
+	return printable.String(e.String(), maxLine)
+}
+
+// monitor waits for the end of the machine, or of the agent, without which it
+// is of no use.
+func (s *sandbox) monitor() {
+	select {
+	case <-s.vm.Done():
+	case <-s.agent.Done():
+		select {
+		case <-s.vm.Done():
+		case <-time.After(lastWords):
+			log.L.Error("the agent in the guest is gone, killing the virtual machine")
+			s.vm.Kill()
+		}
+	}
+	s.agent.Close()
+	end := errors.New("the agent in the guest is gone, and the VMM does not end")
+	status := uint32(agentclient.UnknownStatus)
+	select {
+	case <-s.vm.Done():
+		exit := s.vm.Exit()
+		if exit.Reason == control.ReasonKilled {
+			status = statusKilled
+		}
+		end = fmt.Errorf("the virtual machine has ended: %s", exitText(exit))
+	case <-time.After(lastWords + killed):
+	}
+	s.mu.Lock()
+	s.end, s.status = end, status
+	stopping := s.stopping
+	s.mu.Unlock()
+	if !stopping {
+		s.reportDeath(end)
+	}
+	close(s.dead)
+}
+
+// reportDeath logs why the machine ended although nobody had asked it to.
+func (s *sandbox) reportDeath(end error) {
+	s.logs.console.wait(time.Second)
+	log.L.WithError(end).Error("the sandbox has lost its virtual machine")
+	for _, line := range s.logs.console.last(keepLines) {
+		log.L.Errorf("guest console: %s", line)
+	}
+}
+
+// deathStatus waits for the end of the machine, of which the caller has seen a
+// sign, and returns the exit status of the processes that ended with it.
+func (s *sandbox) deathStatus() uint32 {
+	<-s.dead
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
+}
+
+// alive returns an error that says why the machine has ended, if it has.
+func (s *sandbox) alive() error {
+	select {
+	case <-s.dead:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return fmt.Errorf("%w: %w", s.end, errdefs.ErrFailedPrecondition)
+	default:
+		return nil
+	}
+}
+
+func (s *sandbox) watchOOM(handle func(string)) {
+	if err := s.agent.OOMKills(context.Background(), handle); err != nil {
+		// Without the stream the connection is of no use to either side: if
+		// the machine lives, its agent has broken the protocol.
+		log.L.WithError(err).Debug("the agent's events have ended")
+		s.agent.Close()
+	}
+}
+
+// dialStream opens a connection for a stream and names it.
+func (s *sandbox) dialStream(ctx context.Context, id uint64) (*net.UnixConn, error) {
+	conn, err := s.vm.Dial(ctx, agentclient.StreamPort)
+	if err != nil {
+		return nil, fmt.Errorf("stream: %w", err)
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		conn.SetWriteDeadline(deadline)
+	}
+	if _, err := conn.Write(streamHeader(id)); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("stream: %w", err)
+	}
+	conn.SetWriteDeadline(time.Time{})
+	return conn, nil
+}
+
+// discard deletes a container whose creation nobody waits for any more, when
+// the agent has come to its end.
+func (s *sandbox) discard(id string) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for s.alive() == nil && ctx.Err() == nil {
+		s.agent.Signal(ctx, id, "", sigkill, true)
+		if s.agent.DeleteProcess(ctx, id, "") == nil {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// stop ends the machine, if it runs, in order as long as that does not take
+// too long. Nothing is left of the sandbox afterwards.
+func (s *sandbox) stop() error {
+	s.mu.Lock()
+	s.stopping = true
+	s.mu.Unlock()
+	if s.agent != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), powerOff)
+		if err := s.agent.Shutdown(ctx); err != nil {
+			log.L.WithError(err).Debug("the agent does not shut the guest down")
+		}
+		select {
+		case <-s.vm.Done():
+		case <-ctx.Done():
+			log.L.Warn("the guest does not power off, killing the virtual machine")
+		}
+		cancel()
+	}
+	err := s.kill()
+	s.leaveCgroup()
+	return errors.Join(err, s.tree.Close())
+}
+
+// kill ends the VMM and waits for it.
+func (s *sandbox) kill() error {
+	if s.vm == nil {
+		return nil
+	}
+	if err := s.vm.Kill(); err != nil {
+		return err
+	}
+	select {
+	case <-s.vm.Done():
+	case <-time.After(killed):
+		return fmt.Errorf("the VMM (process %d) does not end after SIGKILL", s.vm.Pid())
+	}
+	if s.agent != nil {
+		s.agent.Close()
+	}
+	return nil
+}
+
+func (s *sandbox) leaveCgroup() {
+	if s.placed != nil {
+		s.placed.leave()
+		s.placed = nil
+	}
+}

@@ -1,0 +1,244 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/bootstrap"
+	"github.com/microvm-runtime/microvm/pkg/shim/config"
+	"github.com/microvm-runtime/microvm/pkg/shim/events"
+	"github.com/microvm-runtime/microvm/pkg/shim/hostcgroup"
+	"github.com/microvm-runtime/microvm/pkg/shim/share"
+	"github.com/microvm-runtime/microvm/pkg/shim/state"
+)
+
+const (
+	// readyMessage is what the serving process tells start; anything else is
+	// an error's text.
+	readyMessage = "ready\n"
+	// lastAnswers bounds the time for answers and events that are on their way
+	// when the shim ends.
+	lastAnswers = time.Second
+)
+
+// serve is the process that serves a sandbox until that is shut down.
+func (p *Program) serve(in bootstrap.Invocation, stdin io.Reader) error {
+	report := os.NewFile(readyFD, "ready")
+	d, err := p.newDaemon(in, stdin)
+	if err != nil {
+		fmt.Fprint(report, err)
+		report.Close()
+		return err
+	}
+	if _, err := io.WriteString(report, readyMessage); err != nil {
+		return err // start is gone
+	}
+	report.Close()
+	return d.run()
+}
+
+// daemon is the serving process.
+type daemon struct {
+	settings  settings
+	listener  net.Listener
+	server    *ttrpc.Server
+	service   *service
+	publisher *events.Publisher
+	shutdown  chan struct{}
+
+	mu     sync.Mutex
+	record state.Record
+}
+
+func (p *Program) newDaemon(in bootstrap.Invocation, stdin io.Reader) (*daemon, error) {
+	d := &daemon{shutdown: make(chan struct{})}
+	// None of these is for the processes that we start. The lock is held until
+	// this process ends.
+	for _, fd := range []int{listenerFD, readyFD, lockFD, hostNamespaceFD} {
+		unix.CloseOnExec(fd)
+	}
+	if err := json.NewDecoder(stdin).Decode(&d.settings); err != nil {
+		return nil, fmt.Errorf("this is for start to call: settings: %w", err)
+	}
+	// Mounts of the host's appear here, but none of ours there.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return nil, fmt.Errorf("make mounts our own: %w", err)
+	}
+	tuneMemory()
+	setupLog("log", in.Debug)
+	log.L = log.L.WithFields(log.Fields{"runtime": Name, "namespace": in.Namespace, "sandbox": filepath.Base(d.settings.Dir.Path)})
+	if path := d.settings.Options.ShimCgroup; path != "" {
+		if err := hostcgroup.Join(path); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.Chdir("/"); err != nil { // the bundle may go before us
+		return nil, err
+	}
+	var err error
+	if d.record.Shim, err = state.Identify(os.Getpid()); err != nil {
+		return nil, err
+	}
+	if err := d.update(func(r *state.Record) { r.Socket = d.settings.Socket }); err != nil {
+		return nil, err
+	}
+	file := os.NewFile(listenerFD, "listener")
+	d.listener, err = net.FileListener(file)
+	file.Close()
+	if err != nil {
+		return nil, fmt.Errorf("shim socket: %w", err)
+	}
+	d.server, err = ttrpc.NewServer(ttrpc.WithServerHandshaker(ttrpc.UnixSocketRequireSameUser()))
+	if err != nil {
+		return nil, fmt.Errorf("shim server: %w", err)
+	}
+	d.publisher = events.NewPublisher(d.settings.TTRPCAddress, in.Namespace)
+	h, err := d.newHost(p)
+	if err != nil {
+		return nil, err
+	}
+	d.service = newService(in.Namespace, h, d.publisher.Publish, sync.OnceFunc(func() { close(d.shutdown) }))
+	register(d.server, d.service)
+	return d, nil
+}
+
+// run serves until Shutdown, or a signal that asks for it.
+func (d *daemon) run() error {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
+
+	served := make(chan error, 1)
+	go func() { served <- d.server.Serve(context.Background(), d.listener) }()
+	var err error
+	select {
+	case <-d.shutdown:
+		log.L.Debug("shutting down")
+	case s := <-signals:
+		log.L.Warnf("shutting down: %v", s)
+	case err = <-served:
+		log.L.WithError(err).Error("shutting down: the server has ended")
+	}
+	return errors.Join(err, d.end())
+}
+
+// end leaves nothing behind. New calls of start wait for it.
+func (d *daemon) end() error {
+	os.Remove(d.settings.Socket)
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		ctx, cancel := context.WithTimeout(context.Background(), lastAnswers)
+		defer cancel()
+		d.server.Shutdown(ctx)
+	}()
+	var errs []error
+	errs = append(errs, d.service.stop())
+	<-answered
+	d.server.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), lastAnswers)
+	defer cancel()
+	d.publisher.Close(ctx)
+	// A caller of start may have come meanwhile; from here on it is on its
+	// own.
+	errs = append(errs, d.settings.Dir.Remove())
+	err := errors.Join(errs...)
+	if err != nil {
+		log.L.WithError(err).Error("the shim leaves something behind")
+	}
+	return err
+}
+
+// update changes the record on disk.
+func (d *daemon) update(change func(*state.Record)) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	change(&d.record)
+	return d.settings.Dir.Store(d.record)
+}
+
+// newHost is the host as it really is.
+func (d *daemon) newHost(p *Program) (*host, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return nil, fmt.Errorf("sysinfo: %w", err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	options := d.settings.Options
+	hostNamespace := os.NewFile(hostNamespaceFD, "host mount namespace")
+	return &host{
+		config: func() (*config.Config, error) {
+			path := options.ConfigPath
+			if path == "" {
+				path = os.Getenv("MICROVM_CONFIG")
+			}
+			return config.Load(config.Sources{Path: path, Body: options.ConfigBody, ProgramDir: filepath.Dir(self)})
+		},
+		launch: p.launch,
+		newTree: func() (tree, error) {
+			return share.New(d.settings.Dir.Shared(), hostNamespace)
+		},
+		place:    func(path string) (*placement, error) { return d.place(p.stateRoot, path) },
+		record:   func(vmm state.Process) error { return d.update(func(r *state.Record) { r.VMM = vmm }) },
+		identify: state.Identify,
+		cpus:     runtime.NumCPU(),
+		memory:   info.Totalram * uint64(info.Unit),
+	}, nil
+}
+
+// place moves the shim, and so the VMM that it starts, into the sandbox's
+// cgroup. A shim that was placed elsewhere goes back when the VMM has started.
+func (d *daemon) place(root, path string) (*placement, error) {
+	group, err := hostcgroup.New(path)
+	if err != nil {
+		return nil, err
+	}
+	owned := group.Owned(state.Cgroups(root))
+	if err := d.update(func(r *state.Record) { r.Cgroups = owned }); err != nil {
+		return nil, err
+	}
+	elsewhere := d.settings.Options.ShimCgroup != ""
+	leave := func() {
+		if err := group.Leave(); err != nil {
+			log.L.WithError(err).Warn("the shim does not get out of the sandbox's cgroup")
+		}
+	}
+	placed := &placement{
+		launched: func() {
+			if elsewhere {
+				leave()
+			}
+		},
+		leave: func() {
+			if !elsewhere {
+				leave()
+			}
+			if err := hostcgroup.Remove(owned); err != nil {
+				log.L.WithError(err).Warn("the sandbox's cgroup is left")
+			}
+		},
+	}
+	if err := group.Enter(); err != nil {
+		leave()
+		hostcgroup.Remove(owned)
+		return nil, err
+	}
+	return placed, nil
+}

@@ -1,0 +1,332 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"sync"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/runc/options"
+	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/containerd/containerd/v2/pkg/identifiers"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/shim/stdio"
+)
+
+var empty = &emptypb.Empty{}
+
+// service is containerd's task API for the containers of one sandbox.
+type service struct {
+	namespace string
+	host      *host
+	publish   func(proto.Message)
+	// shutdown is called once the sandbox is not needed any more.
+	shutdown func()
+
+	// oomEvents bounds what a guest can make us send.
+	oomEvents *limiter
+
+	// slot is held by the one container that is being created.
+	slot chan struct{}
+	// sandbox is changed only while slot is held, nil when there is none.
+	sandbox *sandbox
+
+	mu         sync.Mutex
+	containers map[string]*container
+	creating   map[string]*creation
+	closed     bool
+}
+
+// creation is a Create in progress.
+type creation struct {
+	cancel context.CancelCauseFunc
+	done   chan struct{}
+}
+
+func newService(namespace string, h *host, publish func(proto.Message), shutdown func()) *service {
+	return &service{
+		namespace:  namespace,
+		host:       h,
+		publish:    publish,
+		shutdown:   shutdown,
+		oomEvents:  newLimiter(20, 1),
+		slot:       make(chan struct{}, 1),
+		containers: map[string]*container{},
+		creating:   map[string]*creation{},
+	}
+}
+
+func (s *service) container(id string) (*container, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.containers[id]
+	if c == nil {
+		return nil, fmt.Errorf("container %s: not created: %w", id, errdefs.ErrNotFound)
+	}
+	return c, nil
+}
+
+// find returns a container and one of its processes.
+func (s *service) find(id, execID string) (*container, *process, error) {
+	c, err := s.container(id)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := c.process(execID)
+	return c, p, err
+}
+
+func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.StartResponse, error) {
+	c, p, err := s.find(r.GetID(), r.GetExecID())
+	if err != nil {
+		return nil, err
+	}
+	if err := p.start(ctx); err != nil {
+		return nil, err
+	}
+	if r.GetExecID() == "" {
+		c.hookState.Status = specs.StateRunning
+		if err := runHooks(ctx, "poststart", c.hooks.Poststart, c.hookState); err != nil {
+			return nil, err
+		}
+	}
+	return &taskapi.StartResponse{Pid: p.pid()}, nil
+}
+
+func (s *service) State(_ context.Context, r *taskapi.StateRequest) (*taskapi.StateResponse, error) {
+	c, p, err := s.find(r.GetID(), r.GetExecID())
+	if err != nil {
+		return nil, err
+	}
+	status, code, at := c.status(p)
+	return &taskapi.StateResponse{
+		ID:         p.id(),
+		Bundle:     c.bundle,
+		Pid:        p.pid(),
+		Status:     status,
+		Stdin:      p.stdio.Stdin,
+		Stdout:     p.stdio.Stdout,
+		Stderr:     p.stdio.Stderr,
+		Terminal:   p.stdio.Terminal,
+		ExitStatus: code,
+		ExitedAt:   timestamppb.New(at),
+		ExecID:     r.GetExecID(),
+	}, nil
+}
+
+func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskapi.DeleteResponse, error) {
+	if r.GetExecID() == "" {
+		s.abandon(ctx, r.GetID())
+	}
+	c, p, err := s.find(r.GetID(), r.GetExecID())
+	if err != nil {
+		return nil, err
+	}
+	if r.GetExecID() != "" {
+		err = c.deleteExec(ctx, p)
+	} else if err = c.delete(ctx); err == nil {
+		s.mu.Lock()
+		delete(s.containers, c.id)
+		s.mu.Unlock()
+	}
+	if err != nil {
+		return nil, err
+	}
+	_, code, at := p.state()
+	return &taskapi.DeleteResponse{Pid: p.pid(), ExitStatus: code, ExitedAt: timestamppb.New(at)}, nil
+}
+
+func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {
+	c, err := s.container(r.GetID())
+	if err != nil {
+		return nil, err
+	}
+	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
+		return &taskapi.PidsResponse{}, nil
+	}
+	list, err := c.sandbox.agent.Processes(ctx, c.id)
+	if err != nil {
+		return nil, err
+	}
+	response := &taskapi.PidsResponse{}
+	for _, p := range list {
+		info := &tasktypes.ProcessInfo{Pid: p.Pid}
+		if p.ExecID != "" {
+			if _, err := c.process(p.ExecID); err != nil {
+				continue // the agent made it up, or it is being deleted
+			}
+			if info.Info, err = typeurl.MarshalAnyToProto(&options.ProcessDetails{ExecID: p.ExecID}); err != nil {
+				return nil, fmt.Errorf("process details: %w", err)
+			}
+		}
+		response.Processes = append(response.Processes, info)
+	}
+	return response, nil
+}
+
+func (s *service) Pause(ctx context.Context, r *taskapi.PauseRequest) (*emptypb.Empty, error) {
+	c, err := s.container(r.GetID())
+	if err != nil {
+		return nil, err
+	}
+	return empty, c.pause(ctx)
+}
+
+func (s *service) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emptypb.Empty, error) {
+	c, err := s.container(r.GetID())
+	if err != nil {
+		return nil, err
+	}
+	return empty, c.resume(ctx)
+}
+
+func (s *service) Checkpoint(_ context.Context, r *taskapi.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	return nil, fmt.Errorf("checkpoint of container %s: containers in virtual machines cannot be checkpointed: %w",
+		r.GetID(), errdefs.ErrNotImplemented)
+}
+
+func (s *service) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {
+	_, p, err := s.find(r.GetID(), r.GetExecID())
+	if err != nil {
+		return nil, err
+	}
+	return empty, p.kill(ctx, r.GetSignal(), r.GetAll())
+}
+
+func (s *service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emptypb.Empty, error) {
+	c, err := s.container(r.GetID())
+	if err != nil {
+		return nil, err
+	}
+	if err := identifiers.Validate(r.GetExecID()); err != nil {
+		return nil, fmt.Errorf("exec id: %w", err)
+	}
+	var spec specs.Process
+	if err := json.Unmarshal(r.GetSpec().GetValue(), &spec); err != nil {
+		return nil, fmt.Errorf("exec %s: process: %w: %w", r.GetExecID(), err, errdefs.ErrInvalidArgument)
+	}
+	spec.Terminal = r.GetTerminal()
+	spec.ExecCPUAffinity = nil // the numbers are those of the host's CPUs
+	err = c.addExec(ctx, r.GetExecID(), &spec, stdio.Config{
+		ID: r.GetExecID(), Namespace: s.namespace,
+		Stdin: r.GetStdin(), Stdout: r.GetStdout(), Stderr: r.GetStderr(), Terminal: r.GetTerminal(),
+	})
+	return empty, err
+}
+
+func (s *service) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*emptypb.Empty, error) {
+	c, p, err := s.find(r.GetID(), r.GetExecID())
+	if err != nil {
+		return nil, err
+	}
+	if !p.stdio.Terminal {
+		return empty, nil // as runc's shim does
+	}
+	if status, _, _ := p.state(); status == tasktypes.Status_STOPPED {
+		return nil, fmt.Errorf("cannot resize a stopped process: %w", errdefs.ErrFailedPrecondition)
+	}
+	return empty, c.sandbox.agent.ResizePty(ctx, c.id, p.execID, r.GetWidth(), r.GetHeight())
+}
+
+func (s *service) CloseIO(_ context.Context, r *taskapi.CloseIORequest) (*emptypb.Empty, error) {
+	_, p, err := s.find(r.GetID(), r.GetExecID())
+	if err != nil {
+		return nil, err
+	}
+	if r.GetStdin() {
+		p.streams.CloseStdin()
+	}
+	return empty, nil
+}
+
+func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*emptypb.Empty, error) {
+	c, err := s.container(r.GetID())
+	if err != nil {
+		return nil, err
+	}
+	var resources specs.LinuxResources
+	if err := json.Unmarshal(r.GetResources().GetValue(), &resources); err != nil {
+		return nil, fmt.Errorf("update container %s: %w: %w", c.id, err, errdefs.ErrInvalidArgument)
+	}
+	for _, remark := range guestspec.Resources(&resources) {
+		log.L.Infof("container %s: %s", c.id, remark)
+	}
+	data, err := json.Marshal(resources)
+	if err != nil {
+		return nil, fmt.Errorf("update container %s: %w", c.id, err)
+	}
+	c.operation.Lock()
+	defer c.operation.Unlock()
+	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
+		return nil, fmt.Errorf("cannot update a stopped container: %w", errdefs.ErrFailedPrecondition)
+	}
+	return empty, c.sandbox.agent.Update(ctx, c.id, data)
+}
+
+func (s *service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
+	_, p, err := s.find(r.GetID(), r.GetExecID())
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-p.exited:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	_, code, at := p.state()
+	return &taskapi.WaitResponse{ExitStatus: code, ExitedAt: timestamppb.New(at)}, nil
+}
+
+func (s *service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.StatsResponse, error) {
+	c, err := s.container(r.GetID())
+	if err != nil {
+		return nil, err
+	}
+	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
+		return nil, fmt.Errorf("container %s is not running: %w", c.id, errdefs.ErrNotFound)
+	}
+	metrics, err := c.sandbox.agent.Stats(ctx, c.id)
+	if err != nil {
+		return nil, err
+	}
+	stats, err := typeurl.MarshalAnyToProto(metrics)
+	if err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	return &taskapi.StatsResponse{Stats: stats}, nil
+}
+
+// Connect answers for a container that does not exist, too: callers want to
+// know whether the shim is there.
+func (s *service) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskapi.ConnectResponse, error) {
+	response := &taskapi.ConnectResponse{ShimPid: uint32(os.Getpid())}
+	if c, err := s.container(r.GetID()); err == nil {
+		response.TaskPid = c.sandboxPid
+	}
+	return response, nil
+}
+
+// Shutdown ends the shim when it serves no container any more. containerd
+// calls it after each Delete.
+func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
+	s.abandon(ctx, r.GetID())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.containers) > 0 || len(s.creating) > 0 || s.closed {
+		return empty, nil
+	}
+	s.closed = true
+	s.shutdown()
+	return empty, nil
+}
