@@ -79,11 +79,11 @@ func (p *Program) deleteSandbox(ctx context.Context, in bootstrap.Invocation, bu
 	if _, err := os.Stat(dir.Path); errors.Is(err, fs.ErrNotExist) {
 		return state.Record{}, nil // it was shut down in order
 	}
-	release, err := dir.Hold(ctx)
+	held, err := dir.Hold(ctx)
 	if err != nil {
 		return state.Record{}, err
 	}
-	defer release()
+	defer held.Release()
 	record, err := dir.Load()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return state.Record{}, err
@@ -105,10 +105,15 @@ func (p *Program) deleteSandbox(ctx context.Context, in bootstrap.Invocation, bu
 			lock, err = dir.LockWait(last)
 		}
 	}
+	if err == nil {
+		defer lock.Close()
+	}
+	if held.Gone() {
+		return record, nil // it has ended in order meanwhile
+	}
 	if err != nil {
 		return record, err
 	}
-	defer lock.Close()
 	return record, errors.Join(cleanUp(ctx, dir), dir.Remove())
 }
 

@@ -588,6 +588,9 @@ func TestConcurrentEnd(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.start(id, "e")
+	}
+	for i := range containers {
+		id := fmt.Sprintf("c%d", i)
 		for range 3 {
 			wg.Go(func() { f.kill(id, "e"); f.kill(id, "") })
 			wg.Go(func() {

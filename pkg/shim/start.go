@@ -69,14 +69,19 @@ func (p *Program) start(in bootstrap.Invocation, stdout io.Writer) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*readyTimeout)
 	defer cancel()
-	release, err := dir.Hold(ctx)
-	if err != nil {
-		return err
-	}
-	defer release()
-
-	if err := p.startOrFind(ctx, in, dir, socket); err != nil {
-		return err
+	for {
+		held, err := dir.Hold(ctx)
+		if err != nil {
+			return err
+		}
+		err = startOrFind(ctx, in, dir, socket, held)
+		held.Release()
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, errEnded) {
+			return err
+		}
 	}
 	address := "unix://" + socket
 	// containerd up to 1.6 reads it from there after a restart.
@@ -103,8 +108,11 @@ func socketPath(in bootstrap.Invocation, group string) (string, error) {
 	return path, nil
 }
 
-// startOrFind makes sure that the socket is served. The caller holds dir.
-func (p *Program) startOrFind(ctx context.Context, in bootstrap.Invocation, dir state.Dir, socket string) error {
+// errEnded is about a shim that has ended while we waited for it.
+var errEnded = errors.New("the sandbox has ended")
+
+// startOrFind makes sure that the socket is served.
+func startOrFind(ctx context.Context, in bootstrap.Invocation, dir state.Dir, socket string, held *state.Held) error {
 	lock, err := dir.Lock()
 	if errors.Is(err, state.ErrLocked) {
 		if conn, dialErr := net.DialTimeout("unix", socket, time.Second); dialErr == nil {
@@ -120,10 +128,15 @@ func (p *Program) startOrFind(ctx context.Context, in bootstrap.Invocation, dir 
 		defer cancel()
 		lock, err = dir.LockWait(wait)
 	}
+	if err == nil {
+		defer lock.Close()
+	}
+	if held.Gone() {
+		return errEnded
+	}
 	if err != nil {
 		return fmt.Errorf("sandbox %s: %w", dir.Path, err)
 	}
-	defer lock.Close()
 	// It was not shut down if there is something left of it.
 	if err := cleanUp(ctx, dir); err != nil {
 		return err

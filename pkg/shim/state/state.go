@@ -46,10 +46,23 @@ func (d Dir) Shared() string { return filepath.Join(d.Path, "shared") }
 func (d Dir) lock() string   { return filepath.Join(d.Path, "lock") }
 func (d Dir) record() string { return filepath.Join(d.Path, "state.json") }
 
+// Held is a directory that its holder has for itself among those who hold it.
+type Held struct {
+	dir  Dir
+	file *os.File
+}
+
+// Release lets the next one hold the directory.
+func (h *Held) Release() { h.file.Close() }
+
+// Gone says that the directory was removed, by the shim it belonged to. What
+// its path names now, if anything, is another one.
+func (h *Held) Gone() bool { return !same(h.file, h.dir.Path) }
+
 // Hold makes the directory if need be and keeps other callers of Hold out
-// until release. A shim does not hold its directory while it runs, it locks
-// it.
-func (d Dir) Hold(ctx context.Context) (release func(), err error) {
+// until it is released. A shim does not hold its directory while it runs, it
+// locks it, and may remove it while others hold it.
+func (d Dir) Hold(ctx context.Context) (*Held, error) {
 	for {
 		if err := os.MkdirAll(d.Path, 0o711); err != nil {
 			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrExist) {
@@ -69,7 +82,7 @@ func (d Dir) Hold(ctx context.Context) (release func(), err error) {
 			return nil, fmt.Errorf("hold %s: %w", d.Path, err)
 		}
 		if same(f, d.Path) {
-			return func() { f.Close() }, nil
+			return &Held{dir: d, file: f}, nil
 		}
 		f.Close() // held what has been removed meanwhile
 	}

@@ -36,11 +36,11 @@ func TestNamesStayBelowRoot(t *testing.T) {
 
 func TestLock(t *testing.T) {
 	d := dir(t)
-	release, err := d.Hold(context.Background())
+	held, err := d.Hold(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer release()
+	defer held.Release()
 	lock, err := d.Lock()
 	if err != nil {
 		t.Fatal(err)
@@ -71,11 +71,11 @@ func TestLock(t *testing.T) {
 // other one must not believe it has locked what is gone.
 func TestLockOfRemovedFile(t *testing.T) {
 	d := dir(t)
-	release, err := d.Hold(context.Background())
+	held, err := d.Hold(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
-	release()
+	held.Release()
 	first, err := d.Lock()
 	if err != nil {
 		t.Fatal(err)
@@ -98,11 +98,11 @@ func TestLockOfRemovedFile(t *testing.T) {
 func TestHoldAgainstRemoval(t *testing.T) {
 	d := dir(t)
 	var wg sync.WaitGroup
-	var inside, held atomic.Int32
+	var inside, times atomic.Int32
 	for range 8 {
 		wg.Go(func() {
 			for range 20 {
-				release, err := d.Hold(context.Background())
+				held, err := d.Hold(context.Background())
 				if err != nil {
 					t.Error(err)
 					return
@@ -110,17 +110,23 @@ func TestHoldAgainstRemoval(t *testing.T) {
 				if n := inside.Add(1); n != 1 {
 					t.Errorf("%d holders at once", n)
 				}
-				held.Add(1)
+				times.Add(1)
 				inside.Add(-1) // whoever removes the directory gives it up
+				if held.Gone() {
+					t.Error("gone while held")
+				}
 				if err := d.Remove(); err != nil {
 					t.Error(err)
 				}
-				release()
+				if !held.Gone() {
+					t.Error("not gone after removal")
+				}
+				held.Release()
 			}
 		})
 	}
 	wg.Wait()
-	if n := held.Load(); n != 8*20 {
+	if n := times.Load(); n != 8*20 {
 		t.Errorf("held %d times", n)
 	}
 	if _, err := os.Stat(filepath.Dir(filepath.Dir(d.Path))); !errors.Is(err, fs.ErrNotExist) {
@@ -130,11 +136,11 @@ func TestHoldAgainstRemoval(t *testing.T) {
 
 func TestRecord(t *testing.T) {
 	d := dir(t)
-	release, err := d.Hold(context.Background())
+	held, err := d.Hold(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer release()
+	defer held.Release()
 	if _, err := d.Load(); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no record: %v", err)
 	}
