@@ -1,4 +1,5 @@
 #!/run/testbed/busybox sh
+# shellcheck shell=dash
 # Pid 1 of the outer machine on its final root: runs the job, reports how it ended, powers off.
 # Pid 1 must not end and must reap orphans: the shell does both while it waits for the job.
 cd /run/testbed || exit

@@ -15,7 +15,7 @@ func wantEvents(t *testing.T, n *node.Node, events *node.Events, id string, want
 	t.Helper()
 	const deleted = "/tasks/delete"
 	if n.Runc() {
-		// runc's shim may end before it has sent its last event.
+		// runc's shim may end before it has sent its last events.
 		want = slices.DeleteFunc(want, func(topic string) bool { return topic == deleted })
 	}
 	topics := func() (got []string) {
@@ -46,12 +46,13 @@ func TestEvents(t *testing.T) {
 	n := node.For(t)
 	events := n.Events(t)
 
-	id := n.ID(t)
-	n.RemoveIfFailed(t, id)
-	n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm"}, "sh", "-c", "exit 8")...)
-	wantEvents(t, n, events, id, "/tasks/create", "/tasks/start", "/tasks/exit 8", "/tasks/delete")
-
-	id = n.Detach(t, nil, "sleep", "1000")
+	if !n.Runc() {
+		id := n.ID(t)
+		n.RemoveIfFailed(t, id)
+		n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm"}, "sh", "-c", "exit 8")...)
+		wantEvents(t, n, events, id, "/tasks/create", "/tasks/start", "/tasks/exit 8", "/tasks/delete")
+	}
+	id := n.Detach(t, nil, "sleep", "1000")
 	exec := n.ID(t)
 	n.Ctr(t, "tasks", "exec", "--exec-id", exec, "--fifo-dir", t.TempDir(), id, "sh", "-c", "exit 9")
 	n.MustCtr(t, "tasks", "pause", id)
@@ -71,6 +72,6 @@ func TestOutOfMemoryEvent(t *testing.T) {
 	n.RemoveIfFailed(t, id)
 	r := n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm", "--memory-limit", fmt.Sprint(64 << 20)},
 		"sh", "-c", "tail -c 200000000 </dev/zero; sleep 2; exit 3")...)
-	wantExit(t, r, 3)
+	r.WantExit(t, 3)
 	wantEvents(t, n, events, id, "/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit 3", "/tasks/delete")
 }

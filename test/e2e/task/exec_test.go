@@ -27,7 +27,7 @@ func TestExec(t *testing.T) {
 	})
 	t.Run("process", func(t *testing.T) {
 		r := n.Exec(t, id, []string{"--cwd", "/var/log", "--user", "33:8"}, "sh", "-c", `pwd; id -u; id -g; echo "$FOO"`)
-		wantOutput(t, r, "/var/log\n33\n8\nbar\n")
+		r.WantOutput(t, "/var/log\n33\n8\nbar\n")
 	})
 	t.Run("terminal", func(t *testing.T) {
 		useTerminal(t, n.Terminal(t, 81, 23, n.ExecArgs(t, id, []string{"-t"}, "sh", "-c", terminalScript)...))
@@ -39,7 +39,7 @@ func TestExec(t *testing.T) {
 		})
 	})
 	t.Run("missing program", func(t *testing.T) {
-		wantError(t, n.Exec(t, id, nil, "no-such-program"), "no-such-program")
+		n.Exec(t, id, nil, "no-such-program").WantError(t, "no-such-program")
 	})
 	t.Run("the container lives on", func(t *testing.T) {
 		if s := n.Status(t, id); s != "RUNNING" {
@@ -50,7 +50,7 @@ func TestExec(t *testing.T) {
 
 func TestExecOfNoContainer(t *testing.T) {
 	n := node.For(t)
-	wantError(t, n.Exec(t, "no-such-container", nil, "true"), "no-such-container", "not found")
+	n.Exec(t, "no-such-container", nil, "true").WantError(t, "no-such-container", "not found")
 }
 
 // Each exec of a process that ends by itself, and each signal to one, has the exit code a shell would show.
@@ -67,7 +67,7 @@ func TestExitCodes(t *testing.T) {
 		"kill -SEGV $$": 128 + 11,
 		"kill -TERM $$": 128 + 15,
 	} {
-		wantExit(t, n.Exec(t, id, nil, "sh", "-c", script), want)
+		n.Exec(t, id, nil, "sh", "-c", script).WantExit(t, want)
 	}
 }
 

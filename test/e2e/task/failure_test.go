@@ -54,7 +54,7 @@ func TestBadInput(t *testing.T) {
 			}
 			id := n.ID(t)
 			n.RemoveIfFailed(t, id)
-			wantError(t, n.Ctr(t, n.RunArgs(image, id, append([]string{"--rm"}, c.flags...), c.args...)...), c.words...)
+			n.Ctr(t, n.RunArgs(image, id, append([]string{"--rm"}, c.flags...), c.args...)...).WantError(t, c.words...)
 		})
 	}
 	// And nothing of it is in the way of the next one.
@@ -80,7 +80,7 @@ func TestFullDiskInContainer(t *testing.T) {
 	smallDisk(t, dir, 1<<20)
 	r := n.Run(t, []string{"--mount", "type=bind,src=" + dir + ",dst=/dir,options=rbind:rw"},
 		"dd", "if=/dev/zero", "of=/dir/file", "bs=64k", "count=100")
-	wantError(t, r, "No space left on device")
+	r.WantError(t, "No space left on device")
 	info, err := os.Stat(filepath.Join(dir, "file"))
 	if err != nil || info.Size() == 0 || info.Size() > 1<<20 {
 		t.Errorf("file on the full disk: %v, %v", info, err)
@@ -109,7 +109,7 @@ func TestFullDiskOfContainerd(t *testing.T) {
 	}
 	id := n.ID(t)
 	r := n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm"}, "true")...)
-	wantError(t, r, "no space left on device")
+	r.WantError(t, "no space left on device")
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}

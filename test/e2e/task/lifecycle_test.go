@@ -21,12 +21,12 @@ func TestLifecycle(t *testing.T) {
 	if s := n.Status(t, id); s != "RUNNING" {
 		t.Errorf("status %q", s)
 	}
-	wantError(t, n.Ctr(t, "tasks", "rm", id), id)
-	wantError(t, n.Ctr(t, "containers", "rm", id), id)
-	wantError(t, n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"-d"}, "true")...), id, "already exists")
+	n.Ctr(t, "tasks", "rm", id).WantError(t, id)
+	n.Ctr(t, "containers", "rm", id).WantError(t, id)
+	n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"-d"}, "true")...).WantError(t, id, "already exists")
 	n.MustCtr(t, "tasks", "kill", "-s", "SIGTERM", id)
 	node.Until(t, "the task has stopped", func() bool { return n.Status(t, id) == "STOPPED" })
-	wantError(t, n.Exec(t, id, nil, "true"))
+	n.Exec(t, id, nil, "true").WantError(t)
 	removeStopped(t, n, id, 3)
 	if s := n.Status(t, id); s != "" {
 		t.Errorf("the task is still there: %q", s)
@@ -65,7 +65,7 @@ func TestWaitAndSignals(t *testing.T) {
 				return err == nil
 			})
 			n.MustCtr(t, "tasks", "kill", "-s", signal, id)
-			wantExit(t, <-done, want)
+			(<-done).WantExit(t, want)
 		})
 	}
 }
@@ -76,7 +76,7 @@ func TestSignalThroughCtr(t *testing.T) {
 	term := n.RunTerminal(t, 80, 25, nil, "sh", "-c", "trap 'exit 30' QUIT; echo ready; while :; do sleep 0.1; done")
 	term.Expect("ready")
 	term.Type("\x1c")
-	wantExit(t, term.Wait(), 30)
+	term.Wait().WantExit(t, 30)
 }
 
 func TestPs(t *testing.T) {
@@ -181,7 +181,7 @@ func TestSeveralAtOnce(t *testing.T) {
 	}
 	wg.Wait()
 	for i, r := range results {
-		wantOutput(t, r, fmt.Sprintln(i))
+		r.WantOutput(t, fmt.Sprintln(i))
 	}
 }
 
@@ -194,7 +194,7 @@ func TestContainerdRestart(t *testing.T) {
 	if s := n.Status(t, id); s != "RUNNING" {
 		t.Fatalf("status %q after containerd's restart", s)
 	}
-	wantOutput(t, n.Exec(t, id, nil, "echo", "hello"), "hello\n")
+	n.Exec(t, id, nil, "echo", "hello").WantOutput(t, "hello\n")
 	n.MustCtr(t, "tasks", "kill", id)
 	node.Until(t, "the task has stopped", func() bool { return n.Status(t, id) == "STOPPED" })
 	removeStopped(t, n, id, 4)

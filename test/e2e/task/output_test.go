@@ -70,7 +70,7 @@ func TestLogProgram(t *testing.T) {
 	n.RemoveIfFailed(t, id)
 	r := n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm", "--log-uri", "binary://" + program + "?--level=info"},
 		"sh", "-c", "seq 10000; echo err >&2; exit 6")...)
-	wantExit(t, r, 6)
+	r.WantExit(t, 6)
 	for name, want := range map[string]string{
 		"arguments": node.Namespace + " " + id + " --level info\n",
 		"stdout":    sequence(10000),

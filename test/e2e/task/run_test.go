@@ -52,7 +52,7 @@ func useTerminal(t *testing.T, term *node.Terminal) {
 	term.Expect("got the signal")
 	term.Type("typed\n")
 	term.Expect("got the line: typed\r")
-	wantExit(t, term.Wait(), 5)
+	term.Wait().WantExit(t, 5)
 }
 
 func TestTerminal(t *testing.T) {
@@ -62,8 +62,8 @@ func TestTerminal(t *testing.T) {
 func TestEnvironmentDirectoryUser(t *testing.T) {
 	n := node.For(t)
 	flags := []string{"--env", "FOO=a b", "--cwd", "/var/log", "--user", "www-data"}
-	wantOutput(t, n.Run(t, flags, "sh", "-c", `echo "$FOO"; pwd; id -u; id -g`), "a b\n/var/log\n33\n33\n")
-	wantOutput(t, n.Run(t, []string{"--user", "1234:5678"}, "sh", "-c", "id -u; id -g"), "1234\n5678\n")
+	n.Run(t, flags, "sh", "-c", `echo "$FOO"; pwd; id -u; id -g`).WantOutput(t, "a b\n/var/log\n33\n33\n")
+	n.Run(t, []string{"--user", "1234:5678"}, "sh", "-c", "id -u; id -g").WantOutput(t, "1234\n5678\n")
 }
 
 func TestBindMounts(t *testing.T) {
@@ -121,7 +121,7 @@ func TestTmpfsMount(t *testing.T) {
 	if !strings.HasPrefix(r.Stdout, "tmpfs\n1777\n") {
 		t.Errorf("want a tmpfs with mode 1777: %s", r)
 	}
-	wantError(t, r, "No space left on device")
+	r.WantError(t, "No space left on device")
 }
 
 // ctr mounts no cgroup file system by itself.
@@ -131,21 +131,21 @@ func TestMemoryLimit(t *testing.T) {
 	n := node.For(t)
 	flags := []string{"--memory-limit", fmt.Sprint(64 << 20), "--mount", cgroupMount}
 	limit := "cat /sys/fs/cgroup/memory.max 2>/dev/null || cat /sys/fs/cgroup/memory/memory.limit_in_bytes"
-	wantOutput(t, n.Run(t, flags, "sh", "-c", limit), fmt.Sprintln(64<<20))
+	n.Run(t, flags, "sh", "-c", limit).WantOutput(t, fmt.Sprintln(64<<20))
 	// tail keeps its input until the end.
-	wantExit(t, n.Run(t, flags, "sh", "-c", "exec tail -c 200000000 </dev/zero"), 137)
+	n.Run(t, flags, "sh", "-c", "exec tail -c 200000000 </dev/zero").WantExit(t, 137)
 }
 
 func TestCPULimit(t *testing.T) {
 	n := node.For(t)
 	limit := "cat /sys/fs/cgroup/cpu.max 2>/dev/null || echo $(cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu/cpu.cfs_period_us)"
-	wantOutput(t, n.Run(t, []string{"--cpus", "0.5", "--mount", cgroupMount}, "sh", "-c", limit), "50000 100000\n")
+	n.Run(t, []string{"--cpus", "0.5", "--mount", cgroupMount}, "sh", "-c", limit).WantOutput(t, "50000 100000\n")
 }
 
 func TestReadOnlyRoot(t *testing.T) {
 	n := node.For(t)
 	r := n.Run(t, []string{"--read-only"}, "sh", "-c", "echo x >/tmp/x || echo x >/etc/passwd")
-	wantError(t, r, "/tmp/x: Read-only file system", "/etc/passwd: Read-only file system")
+	r.WantError(t, "/tmp/x: Read-only file system", "/etc/passwd: Read-only file system")
 }
 
 // A directory as root file system, without image and snapshot.
@@ -163,11 +163,11 @@ func TestOwnRootfs(t *testing.T) {
 		flags = append([]string{"--rm", "--rootfs"}, flags...)
 		return n.Ctr(t, n.RunArgs(root, n.ID(t), flags, "/bin/sh", "-c", script)...)
 	}
-	wantOutput(t, run(nil, "echo hello >/file && echo done"), "done\n")
+	run(nil, "echo hello >/file && echo done").WantOutput(t, "done\n")
 	if got, err := os.ReadFile(filepath.Join(root, "file")); err != nil || string(got) != "hello\n" {
 		t.Errorf("file written in the container: %q, %v", got, err)
 	}
-	wantError(t, run([]string{"--read-only"}, "echo x >/other"), "Read-only file system")
+	run([]string{"--read-only"}, "echo x >/other").WantError(t, "Read-only file system")
 }
 
 func TestSnapshotters(t *testing.T) {
@@ -176,9 +176,9 @@ func TestSnapshotters(t *testing.T) {
 		t.Run(s, func(t *testing.T) {
 			n.Import(t, node.Busybox, s)
 			flags := []string{"--snapshotter", s}
-			wantOutput(t, n.Run(t, flags, "sh", "-c", "echo changed >/etc/hostname && cat /etc/hostname && rm -r /var && ls -d /var 2>&1 || echo gone"),
+			n.Run(t, flags, "sh", "-c", "echo changed >/etc/hostname && cat /etc/hostname && rm -r /var && ls -d /var 2>&1 || echo gone").WantOutput(t,
 				"changed\nls: /var: No such file or directory\ngone\n")
-			wantOutput(t, n.Run(t, flags, "ls", "-d", "/var"), "/var\n")
+			n.Run(t, flags, "ls", "-d", "/var").WantOutput(t, "/var\n")
 		})
 	}
 }

@@ -69,7 +69,7 @@ func TestRedis(t *testing.T) {
 			t.Errorf("redis-benchmark %s: %s requests a second", row[0], row[1])
 		}
 	}
-	wantOutput(t, n.Exec(t, id, nil, "redis-cli", "get", "key"), "value\n")
+	n.Exec(t, id, nil, "redis-cli", "get", "key").WantOutput(t, "value\n")
 	n.Exec(t, id, nil, "redis-cli", "shutdown", "nosave") // the container ends, and perhaps redis-cli with it
 	node.Until(t, "redis-server has ended", func() bool { return n.Status(t, id) == "STOPPED" })
 }

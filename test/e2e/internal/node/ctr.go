@@ -11,23 +11,6 @@ import (
 	"testing"
 )
 
-// A Result is how a ctr command ended.
-type Result struct {
-	Stdout, Stderr string
-	Code           int
-}
-
-func (r Result) String() string {
-	const most = 4000
-	short := func(s string) string {
-		if len(s) > most {
-			return fmt.Sprintf("%s... (%d bytes)", s[:most], len(s))
-		}
-		return s
-	}
-	return fmt.Sprintf("exit code %d\nstdout: %s\nstderr: %s", r.Code, short(r.Stdout), short(r.Stderr))
-}
-
 // ctr says this with every command on hosts with cgroup v1.
 var cgroupWarning = regexp.MustCompile(`(?m)^time=.*level=warning msg="DEPRECATION: The support for cgroup v1.*\n`)
 

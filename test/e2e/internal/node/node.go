@@ -13,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -107,8 +109,23 @@ func (n *Node) watch(t *testing.T) {
 
 func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
 
-// Config is the path of the configuration file every new shim of this node reads.
-func (n *Node) Config() string { return n.path("config.toml") }
+// Configure changes the configuration of the shims that start during the test, by a drop-in file.
+func (n *Node) Configure(t *testing.T, toml string) {
+	t.Helper()
+	dir := n.path("config.d")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "test.toml")
+	if err := os.WriteFile(file, []byte(toml), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(file); err != nil {
+			t.Error(err)
+		}
+	})
+}
 
 // script runs hack/containerd.sh. containerd inherits the script's environment but not its streams.
 func (n *Node) script(verb string) error {
@@ -193,13 +210,23 @@ func (n *Node) LogSize() int64 {
 // Kill sends SIGKILL and waits until the process is gone.
 func Kill(t *testing.T, pid int) {
 	t.Helper()
-	p, err := os.FindProcess(pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.Kill(); err != nil {
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatalf("kill %d: %v", pid, err)
 	}
+	gone(t, pid)
+}
+
+// KillIfThere is Kill for a process that may end by itself meanwhile.
+func KillIfThere(t *testing.T, pid int) {
+	t.Helper()
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
+		t.Fatalf("kill %d: %v", pid, err)
+	}
+	gone(t, pid)
+}
+
+func gone(t *testing.T, pid int) {
+	t.Helper()
 	Until(t, fmt.Sprintf("process %d is gone", pid), func() bool {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		return errors.Is(err, os.ErrNotExist) || bytes.Contains(stat, []byte(") Z "))

@@ -1,0 +1,101 @@
+# The targets are described by the text behind "##": make help shows them.
+# What is built goes to bin/; what is expensive to build is kept in $(MICROVM_CACHE), outside the checkout.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+export MICROVM_CACHE ?= $(HOME)/.cache/microvm
+
+# guest-agent is part of the guest image and built with it.
+PROGRAMS := $(filter-out guest-agent,$(notdir $(wildcard cmd/*)))
+GO_BUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false
+TESTBED  := $(CURDIR)/hack/testbed/run
+
+E2E_RUNTIME ?= io.containerd.microvm.v2
+# A test's name or pattern, for go test -run.
+RUN ?= .
+FUZZTIME ?= 10s
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: build
+build: ## build the programs of cmd/ that run on the host, into bin/
+	@mkdir -p bin
+	$(GO_BUILD) -o bin/ $(PROGRAMS:%=./cmd/%)
+
+.PHONY: kernel
+kernel: ## build the guest kernel, bin/vmlinux (about 15 minutes, once)
+	hack/kernel/build.sh
+
+.PHONY: image
+image: ## build the guest image, bin/guest.erofs, with the agent in it
+	hack/image/build.sh
+
+.PHONY: tools
+tools: ## build containerd, ctr and runc for the tests (about 3 minutes, once)
+	hack/tools/build.sh
+
+.PHONY: images
+images: ## make the container images of the tests from Debian packages
+	hack/images/build.sh
+
+.PHONY: testbed
+testbed: ## make the emulated machine for hosts whose KVM cannot boot the guest kernel
+	hack/testbed/build.sh
+
+.PHONY: proto
+proto: ## generate the Go code of the agent's protocol
+	hack/proto.sh
+
+.PHONY: guest
+guest: build kernel image # what a virtual machine consists of
+
+.PHONY: test
+test: lint unit privileged test-agent test-guest e2e ## everything below: stops at the first failure
+
+.PHONY: lint
+lint: ## gofmt, go vet, staticcheck, shellcheck
+	hack/lint.sh
+
+.PHONY: unit
+unit: ## tests that run anywhere, tiny guests on /dev/kvm among them, under the race detector
+	CGO_ENABLED=1 go test -race ./...
+
+.PHONY: privileged
+privileged: ## tests that mount and make cgroups on this host: they need root
+	go test -count=1 -tags privileged ./pkg/shim/...
+
+.PHONY: test-agent
+test-agent: kernel ## the agent's tests, as the first process of a machine under QEMU's emulation
+	hack/agent-test.sh
+
+.PHONY: test-guest
+test-guest: guest ## tests of the VMM that boot the guest kernel, where KVM can
+	CGO_ENABLED=0 go test -v -count=1 -tags guestkernel -run '$(RUN)' -timeout 20m -exec '$(TESTBED) --timeout 1200 --' ./pkg/vmm
+
+.PHONY: e2e
+e2e: guest tools images ## black-box tests with containerd and ctr, where KVM can boot the guest kernel
+	$(GO_BUILD) -o bin/fsconformance ./test/fsconformance
+	E2E_RUNTIME=$(E2E_RUNTIME) CGO_ENABLED=0 go test -v -count=1 -tags e2e -run '$(RUN)' -p 1 -timeout 60m \
+		-exec '$(TESTBED) --timeout 3600 --' ./test/e2e/...
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME (10s)
+	hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: bench
+bench: guest tools images ## measure beside QEMU and runc, print a table and keep it as JSON below bench/
+	$(GO_BUILD) -o bin/bench ./test/bench
+	mkdir -p bench
+	$(TESTBED) --out $(CURDIR)/bench --timeout 3600 -- bin/bench -out bench/$$(date -u +%Y%m%dT%H%M%SZ).json
+
+.PHONY: demo
+demo: ## run a container in a virtual machine, from nothing
+	hack/demo.sh
+
+.PHONY: clean
+clean: ## remove what was built in the checkout; the cache stays
+	rm -rf bin

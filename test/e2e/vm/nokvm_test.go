@@ -1,0 +1,50 @@
+//go:build e2e
+
+package vm
+
+import (
+	"os"
+	"testing"
+
+	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
+)
+
+// withoutKVM starts a containerd in a mount namespace where /dev/kvm is what a shell script has made of it.
+func withoutKVM(t *testing.T, script string) *node.Node {
+	t.Helper()
+	state, err := os.MkdirTemp("/var/tmp", "e2e")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return node.New(t, state, "unshare", "--mount", "sh", "-ec", "SCRATCH="+t.TempDir()+"\n"+script+"\nexec \"$@\"", "sh")
+}
+
+func TestNoKVM(t *testing.T) {
+	// A /dev of its own with the usual devices, but no /dev/kvm.
+	n := withoutKVM(t, `
+		mkdir -p "$SCRATCH/dev"
+		mount --rbind /dev "$SCRATCH/dev"
+		mount -t tmpfs tmpfs /dev
+		for d in null zero full random urandom tty; do touch /dev/$d; mount --bind "$SCRATCH/dev/$d" /dev/$d; done
+		for d in pts shm net; do mkdir /dev/$d; mount --rbind "$SCRATCH/dev/$d" /dev/$d; done
+		ln -s pts/ptmx /dev/ptmx; ln -s /proc/self/fd /dev/fd
+		umount -R -l "$SCRATCH/dev"`)
+	n.Run(t, nil, "true").WantError(t, "/dev/kvm", "no such file or directory")
+}
+
+func TestKVMIsAnotherDevice(t *testing.T) {
+	n := withoutKVM(t, "mount --bind /dev/null /dev/kvm")
+	n.Run(t, nil, "true").WantError(t, "kvm")
+}
+
+// Root without the right to the device: as in a container whose device rules leave KVM out.
+func TestNoRightToKVM(t *testing.T) {
+	// A file system that allows no devices answers every open of one with EACCES.
+	n := withoutKVM(t, `
+		mkdir -p "$SCRATCH/nodev"
+		mount -t tmpfs -o nodev tmpfs "$SCRATCH/nodev"
+		mknod "$SCRATCH/nodev/kvm" c 10 232
+		mount --bind "$SCRATCH/nodev/kvm" /dev/kvm
+		umount -l "$SCRATCH/nodev"`)
+	n.Run(t, nil, "true").WantError(t, "/dev/kvm", "permission denied")
+}
