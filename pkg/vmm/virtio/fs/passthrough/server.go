@@ -43,11 +43,14 @@ type Limits struct {
 	// Inodes is the number of nodes, at some 300 bytes of memory each. Zero is
 	// 1<<20.
 	Inodes int
-	// Descriptors is the number of descriptors the server may have open. A
-	// quarter, but at most 16384, keeps nodes at hand; the rest is for open
-	// files, which take two, and lock owners. Zero is what the process may have
-	// (RLIMIT_NOFILE) without 512.
+	// Descriptors is the number of descriptors the server may have open; they
+	// are for nodes (see Nodes), open files, which take two, and lock owners.
+	// Zero is what the process may have (RLIMIT_NOFILE) without 512.
 	Descriptors int
+	// Nodes is the number of descriptors that may be open just to keep nodes at
+	// hand, with those that are in use. Zero is a quarter of Descriptors, but at
+	// most 16384.
+	Nodes int
 	// LockWaits is the number of requests that may wait for a lock. Zero is 256.
 	LockWaits int
 	// Threads is the number of threads for xattrs and for creating files. Zero
@@ -72,7 +75,10 @@ func (l Limits) withDefaults() (Limits, error) {
 		}
 		l.Descriptors = int(min(limit.Cur, math.MaxInt32)) - 512
 	}
-	if l.Inodes < 2 || l.LockWaits < 1 || l.Threads < 1 || l.Descriptors < 64 {
+	if l.Nodes == 0 {
+		l.Nodes = min(l.Descriptors/4, 16384)
+	}
+	if l.Inodes < 2 || l.Nodes < 1 || l.Nodes > l.Descriptors/2 || l.LockWaits < 1 || l.Threads < 1 || l.Descriptors < 64 {
 		return l, fmt.Errorf("limits are too small: %+v", l)
 	}
 	return l, nil
@@ -134,14 +140,13 @@ func New(c Config) (*Server, error) {
 		closeFD(proc)
 		return nil, fmt.Errorf("directory to share: %w", err)
 	}
-	nodes := min(limits.Descriptors/4, 16384)
 	owners := limits.Descriptors / 8
 	var errno unix.Errno
-	if s.inodes, errno = newInodeTable(root, limits.Inodes, nodes); errno != 0 {
+	if s.inodes, errno = newInodeTable(root, limits.Inodes, limits.Nodes); errno != 0 {
 		closeAll([]int{proc, root})
 		return nil, fmt.Errorf("directory to share: %w", errno)
 	}
-	s.handles = newHandleTable(s.inodes, (limits.Descriptors-nodes-owners)/2)
+	s.handles = newHandleTable(s.inodes, (limits.Descriptors-limits.Nodes-owners)/2)
 	s.locks = newLockTable(owners, limits.LockWaits)
 	if s.threads, err = newThreads(proc, limits.Threads); err != nil {
 		closeAll([]int{proc, root})

@@ -1,0 +1,141 @@
+//go:build fusekernel
+
+package passthrough
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
+)
+
+// mountShare mounts a server with the kernel of this machine as the client,
+// through /dev/fuse, and returns where. It is the client that a guest has, but
+// for submounts and for what virtio-fs alone does.
+func mountShare(t testing.TB, dir string, change ...func(*Config)) string {
+	t.Helper()
+	root, err := os.Open(dir)
+	must(t, err)
+	c := Config{Root: root, AttrTimeout: DefaultTimeout, EntryTimeout: DefaultTimeout}
+	for _, f := range change {
+		f(&c)
+	}
+	server, err := New(c)
+	must(t, err)
+	must(t, root.Close())
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	must(t, err)
+	at := tempDir(t)
+	must(t, unix.Mount("share", at, "fuse.share", unix.MS_NOSUID,
+		fmt.Sprintf("fd=%d,rootmode=40755,user_id=0,group_id=0,default_permissions,allow_other", fd)))
+	var readers sync.WaitGroup
+	for range 8 {
+		readers.Go(func() { serveDevice(t, server, fd) })
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(at, 0); err != nil {
+			t.Errorf("unmount: %v", err)
+			_ = unix.Unmount(at, unix.MNT_FORCE|unix.MNT_DETACH)
+		}
+		readers.Wait()
+		checkNothingHeld(t, server)
+		server.Close()
+		_ = unix.Close(fd)
+	})
+	return at
+}
+
+// serveDevice answers requests until the file system is unmounted.
+func serveDevice(t testing.TB, server *Server, fd int) {
+	in, out := make([]byte, maxWrite+4096), make([]byte, maxWrite+4096)
+	for {
+		n, err := unix.Read(fd, in)
+		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EAGAIN) {
+			continue
+		}
+		if err != nil {
+			if !errors.Is(err, unix.ENODEV) {
+				t.Errorf("/dev/fuse: %v", err)
+			}
+			return
+		}
+		op := fuse.DecodeInHeader(in).Opcode
+		answer := out // out may be another buffer when reply is called
+		reply := func(n uint32) {
+			// ENOENT: the request was interrupted.
+			if _, err := unix.Write(fd, answer[:n]); err != nil && !errors.Is(err, unix.ENOENT) {
+				t.Errorf("reply to %v: %v (%x)", op, err, answer[:min(n, 64)])
+			}
+		}
+		written, done := server.Handle([][]byte{in[:n]}, [][]byte{answer}, reply)
+		if !done { // the buffers are still needed
+			in, out = make([]byte, maxWrite+4096), make([]byte, maxWrite+4096)
+			continue
+		}
+		if written > 0 {
+			reply(written)
+		}
+	}
+}
+
+// checkNothingHeld looks for what the kernel has given back but the server has
+// not.
+func checkNothingHeld(t testing.TB, s *Server) {
+	t.Helper()
+	s.inodes.mu.Lock()
+	defer s.inodes.mu.Unlock()
+	if len(s.inodes.byID) != 1 || s.inodes.open != 1 || s.inodes.root.children != 0 {
+		t.Errorf("%d nodes and %d descriptors are left, the root has %d children", len(s.inodes.byID), s.inodes.open, s.inodes.root.children)
+	}
+	if n := len(s.handles.byID); n != 0 {
+		t.Errorf("%d handles are left", n)
+	}
+	if n := len(s.locks.owners); n != 0 {
+		t.Errorf("%d lock owners are left", n)
+	}
+}
+
+// TestConformance runs test/fsconformance on a mounted share.
+func TestConformance(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "fsconformance")
+	build := exec.Command("go", "build", "-o", program, "github.com/microvm-runtime/microvm/test/fsconformance")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, tc := range []struct {
+		name   string
+		change func(*Config)
+	}{
+		{"defaults", func(*Config) {}},
+		{"uncached", func(c *Config) { c.AttrTimeout, c.EntryTimeout = 0, 0 }},
+		// So few that descriptors are closed and made again all the time.
+		{"few descriptors", func(c *Config) { c.Limits.Descriptors = 4096; c.Limits.Nodes = 16 }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			at := mountShare(t, tempDir(t), tc.change)
+			cmd := exec.Command(program, "-no-skip", at)
+			cmd.Stderr = os.Stderr
+			out, err := cmd.StdoutPipe()
+			must(t, err)
+			must(t, cmd.Start())
+			for lines := bufio.NewScanner(out); lines.Scan(); {
+				if !strings.HasPrefix(lines.Text(), "PASS") {
+					t.Log(lines.Text())
+				}
+			}
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("fsconformance: %v", err)
+			}
+		})
+	}
+}
