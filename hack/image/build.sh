@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the guest image, bin/guest.erofs: bin/guest-agent as /sbin/init, mount points, and nothing else.
 # usage: hack/image/build.sh [--verify]
-# --verify also builds everything a second time, from an empty Go cache, and fails unless both are the same, byte by byte.
+# --verify builds everything a second time, from an empty Go cache, and fails unless both are the same byte by byte.
 #
 # The image is mapped as virtio-pmem and mounted with DAX, so the guest runs the agent straight from the host's page
 # cache. That needs whole, uncompressed 4 KiB blocks: EROFS does no DAX on a file whose tail is stored beside its inode.
@@ -60,4 +60,4 @@ size=$(stat -c %s "$SCRATCH/guest.erofs")
 for file in guest-agent guest.erofs; do
 	cmp -s "$SCRATCH/$file" "$REPO/bin/$file" || put "$SCRATCH/$file" "$REPO/bin/$file"
 done
-say "bin/guest.erofs: $size bytes, of which guest-agent $(stat -c %s "$REPO/bin/guest-agent"), in $((SECONDS - start)) s"
+say "bin/guest.erofs: $size bytes, agent $(stat -c %s "$REPO/bin/guest-agent"), in $((SECONDS - start)) s"
