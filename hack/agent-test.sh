@@ -7,7 +7,7 @@ set -euo pipefail
 . "$(dirname "$0")/tools/lib.sh"
 
 # One test takes a second or two; a machine that hangs is ended by this.
-LIMIT=900
+LIMIT=1800
 
 packages busybox-static e2fsprogs erofs-utils gcc libc6-dev libseccomp-dev pkg-config qemu-system-x86
 [ -f "$REPO/bin/vmlinux" ] || die "bin/vmlinux is missing: run hack/kernel/build.sh first"

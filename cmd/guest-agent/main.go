@@ -67,6 +67,9 @@ func main() {
 		os.Exit(1)
 	}
 	runtime.GOMAXPROCS(min(runtime.NumCPU(), maxProcs))
+	// For the processes that libcontainer makes of this program, which give
+	// themselves one processor only after their runtime has set up all.
+	os.Setenv("GOMAXPROCS", "1")
 	debug.SetGCPercent(gcPercent)
 	console := guest.NewConsole(os.Stderr)
 	log := slog.New(slog.NewTextHandler(console, &slog.HandlerOptions{ReplaceAttr: withoutTime}))

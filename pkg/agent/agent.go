@@ -22,6 +22,10 @@ import (
 // Protocol is the version of pkg/agentproto that this agent speaks.
 const Protocol = 1
 
+// sharedDir is where the virtio-fs device is mounted, below Config.Root. Each
+// container has a directory of its name in it.
+const sharedDir = "shared"
+
 // Version of the agent, set by the build.
 var Version = "dev"
 
@@ -139,7 +143,7 @@ func (a *Agent) ConfigureSandbox(_ context.Context, r *agentproto.ConfigureSandb
 		}
 	}
 	if tag := r.GetSharedTag(); tag != "" {
-		dir, err := makeDir(a.config.Root, "shared")
+		dir, err := makeDir(a.config.Root, sharedDir)
 		if err != nil {
 			return nil, err
 		}
@@ -164,7 +168,8 @@ func (a *Agent) Shutdown(ctx context.Context, _ *emptypb.Empty) (*emptypb.Empty,
 	return &emptypb.Empty{}, nil
 }
 
-// killAll ends the processes of all containers, as far as that can be done.
+// killAll ends the processes of all containers and unmounts what was mounted for
+// them, as far as that can be done.
 func (a *Agent) killAll(ctx context.Context) {
 	a.mu.Lock()
 	var all []*container
@@ -179,6 +184,10 @@ func (a *Agent) killAll(ctx context.Context) {
 		wg.Go(func() {
 			if err := c.end(ctx); err != nil {
 				a.log.Error("container does not end", "error", err)
+			}
+			// What is on a device is left clean, not to be repaired.
+			if err := c.unmount(); err != nil {
+				a.log.Error("mounts left by a container", "container", c.id, "error", err)
 			}
 		})
 	}

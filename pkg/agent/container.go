@@ -29,7 +29,7 @@ const (
 	// limit for an id is 76.
 	maxIDLength = 128
 	// killTimeout is how long the kernel may take to end killed processes.
-	killTimeout = 10 * time.Second
+	killTimeout = 5 * time.Second
 )
 
 var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.+-]*$`)
@@ -48,6 +48,7 @@ func cgroupPath(id string) string { return cgroupParent + "/" + id }
 type container struct {
 	id       string
 	lc       *libcontainer.Container
+	shared   string   // its part of the shared directory
 	storages []string // mount points, in order of mounting
 	init     *process
 
@@ -126,7 +127,7 @@ func (c *container) startInit() error {
 	if err := c.lc.Exec(); err != nil {
 		return fmt.Errorf("start container process: %w", err)
 	}
-	c.init.started = true
+	c.init.started.Store(true)
 	return nil
 }
 
@@ -137,7 +138,7 @@ func (c *container) startExec(p *process, launch func() error) error {
 	if err := c.checkStart(p); err != nil {
 		return err
 	}
-	p.started = true
+	p.started.Store(true)
 	if err := launch(); err != nil {
 		p.abandon()
 		return err
@@ -148,7 +149,7 @@ func (c *container) startExec(p *process, launch func() error) error {
 // checkStart says why a process cannot be started now. As runc, it lets execs
 // into a container whose init has not been started.
 func (c *container) checkStart(p *process) error {
-	if p.started || p.ended() {
+	if p.started.Load() || p.ended() {
 		return fmt.Errorf("process was started before: %w", errdefs.ErrFailedPrecondition)
 	}
 	status, err := c.lc.Status()
@@ -249,7 +250,7 @@ func (c *container) oomKills() (uint64, error) {
 func (c *container) deleteExec(p *process) error {
 	c.running.Lock()
 	defer c.running.Unlock()
-	if p.started && !p.ended() {
+	if p.started.Load() && !p.ended() {
 		return fmt.Errorf("exec %q is running: %w", p.execID, errdefs.ErrFailedPrecondition)
 	}
 	p.abandon()
@@ -263,7 +264,7 @@ func (c *container) deleteExec(p *process) error {
 func (c *container) destroy(ctx context.Context) error {
 	c.running.Lock()
 	defer c.running.Unlock()
-	if c.init.started && !c.init.ended() {
+	if c.init.started.Load() && !c.init.ended() {
 		return fmt.Errorf("container %q is running: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	if err := c.end(ctx); err != nil {
@@ -272,7 +273,13 @@ func (c *container) destroy(ctx context.Context) error {
 	if err := c.lc.Destroy(); err != nil {
 		return err
 	}
-	return unmountStorages(c.storages)
+	return c.unmount()
+}
+
+// unmount unmounts all that was mounted for the container.
+func (c *container) unmount() error {
+	err := unmountBelow(c.shared)
+	return errors.Join(err, unmountStorages(c.storages))
 }
 
 // end kills all processes of the container and waits until they have ended.

@@ -57,7 +57,11 @@ func (a *Agent) reserve(id string) error {
 // createContainer makes a container whose id is reserved and whose init has the
 // streams io, which it ends if it fails.
 func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContainerRequest, io *stdio) (_ *container, err error) {
-	c := &container{id: r.GetId(), execs: make(map[string]*process)}
+	c := &container{
+		id:     r.GetId(),
+		shared: filepath.Join(a.config.Root, sharedDir, r.GetId()),
+		execs:  make(map[string]*process),
+	}
 	c.init = newProcess(c, "", io, a.log)
 	// On failure all is undone, in the opposite order.
 	undo := []func() error{func() error { c.init.abandon(); return nil }}
@@ -85,7 +89,7 @@ func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContain
 	if c.storages, err = mountStorages("/sys", a.config.Root, r.GetStorages()); err != nil {
 		return nil, err
 	}
-	undo = append(undo, func() error { return unmountStorages(c.storages) })
+	undo = append(undo, c.unmount)
 	for name, value := range sysctls {
 		if err := guest.WriteSysctl(name, value); err != nil {
 			return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)

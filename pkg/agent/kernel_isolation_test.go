@@ -59,7 +59,7 @@ kill -0 1 && echo init`)
 	if stdout != want {
 		t.Errorf("output\n%q\nwant\n%q\nstderr %q", stdout, want, stderr)
 	}
-	if !strings.Contains(stderr, "Read-only file system") || !strings.Contains(stderr, "Cross-device link") {
+	if !strings.Contains(stderr, "Read-only file system") || !strings.Contains(stderr, "cross-device link") {
 		t.Errorf("stderr %q", stderr)
 	}
 }
@@ -213,5 +213,54 @@ func TestStorage(t *testing.T) {
 			t.Errorf("error %v, want %q in it", err, want)
 		}
 		s.checkGone("d")
+	}
+}
+
+// TestInitProgram: what a container could find of the agent's program is neither
+// the program itself nor a copy in memory.
+func TestInitProgram(t *testing.T) {
+	s := newSandbox(t)
+	if _, err := s.create("c", testSpec(t, "true")); err != nil {
+		t.Fatal(err)
+	}
+	list, err := s.client.ListProcesses(background, &agentproto.ContainerRequest{ContainerId: "c"})
+	if err != nil || len(list.Processes) != 1 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	proc := fmt.Sprintf("/proc/%d", list.Processes[0].Pid)
+	exe, err := os.Readlink(proc + "/exe")
+	if err != nil || exe != "/init" {
+		t.Errorf("init executes %q, %v; want it on an overlay of its own", exe, err)
+	}
+	if maps := readFile(t, proc+"/maps"); strings.Contains(maps, "memfd") {
+		t.Errorf("maps %s", maps)
+	}
+}
+
+// TestUnmountBelow: submounts of the shared directory go with their container.
+func TestUnmountBelow(t *testing.T) {
+	for _, dir := range []string{"c/rootfs", "c/mounts/0", "cc/rootfs"} {
+		path := "/run/microvm/shared/" + dir
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("tmpfs", path, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir("/run/microvm/shared/c/rootfs/sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", "/run/microvm/shared/c/rootfs/sub", "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	s := newSandbox(t)
+	s.output("c", testSpec(t, "true"))
+	s.remove("c")
+	if mounts := readFile(t, "/proc/self/mounts"); strings.Contains(mounts, "/shared/c/") || !strings.Contains(mounts, "/shared/cc/rootfs") {
+		t.Errorf("mounts:\n%s", mounts)
+	}
+	if err := unix.Unmount("/run/microvm/shared/cc/rootfs", 0); err != nil {
+		t.Error(err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strings"
 	"testing"
 
 	_ "github.com/opencontainers/cgroups/devices"
@@ -50,7 +51,23 @@ func TestMain(m *testing.M) {
 		}()
 		go testReaper.Run()
 		code = m.Run()
+		printMemory()
 	}
 	fmt.Printf("\nagent-test: exit %d\n", code)
 	guest.PowerOff(log)
+}
+
+// printMemory shows what this process, which has been the agent of many
+// sandboxes, has of memory.
+func printMemory() {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	for line := range strings.Lines(string(status)) {
+		if strings.HasPrefix(line, "VmHWM") || strings.HasPrefix(line, "Rss") || strings.HasPrefix(line, "Threads") {
+			fmt.Print(line)
+		}
+	}
 }

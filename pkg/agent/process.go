@@ -20,6 +20,13 @@ import (
 // that could not be started. It is what runc exits with then.
 const exitUnknown = 255
 
+const (
+	// programTimeout is how long a signal waits for a process that has been
+	// started to execute its program.
+	programTimeout = time.Second
+	programPoll    = time.Millisecond
+)
+
 // process is a container's init or one that was made by CreateExec.
 type process struct {
 	container *container
@@ -28,8 +35,8 @@ type process struct {
 	log       *slog.Logger
 
 	// started: it was told to execute its own program. An init exists before
-	// that, an exec does not. Guarded by container.running.
-	started bool
+	// that, an exec does not. Changed with container.running held.
+	started atomic.Bool
 
 	mu sync.Mutex
 	// io is nil for a process that cannot be talked with.
@@ -176,6 +183,20 @@ func (p *process) ended() bool {
 	}
 }
 
+// awaitProgram waits until a process that was started executes its own program.
+// Until then it is libcontainer's, which loses most signals. That takes no time
+// to speak of, unless the program's file system is slow.
+func (p *process) awaitProgram() {
+	comm := fmt.Sprintf("/proc/%d/comm", p.pid.Load())
+	for range programTimeout / programPoll {
+		// The name is set in libcontainer/nsenter/nsexec.c.
+		if name, err := os.ReadFile(comm); err != nil || string(name) != "runc:[2:INIT]\n" {
+			return
+		}
+		time.Sleep(programPoll)
+	}
+}
+
 func (p *process) signal(sig unix.Signal) error {
 	p.mu.Lock()
 	lp := p.lp
@@ -185,6 +206,9 @@ func (p *process) signal(sig unix.Signal) error {
 			return fmt.Errorf("process has ended: %w", errdefs.ErrNotFound)
 		}
 		return fmt.Errorf("process has not been started: %w", errdefs.ErrFailedPrecondition)
+	}
+	if p.started.Load() && sig != unix.SIGKILL {
+		p.awaitProgram()
 	}
 	err := lp.Signal(sig)
 	if errors.Is(err, os.ErrProcessDone) || errors.Is(err, unix.ESRCH) {

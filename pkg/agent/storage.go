@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
@@ -90,6 +91,28 @@ func unmountStorages(mountpoints []string) error {
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", m, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// unmountBelow unmounts what the kernel has mounted by itself below dir: where
+// the host has a mount in the shared directory, the guest gets one when it first
+// goes there. As long as the guest has it, the host cannot unmount its own.
+func unmountBelow(dir string) error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return fmt.Errorf("list the mounts below %s: %w", dir, err)
+	}
+	var errs []error
+	for _, m := range mounts {
+		if m.Mountpoint == dir {
+			continue
+		}
+		// Takes along what is mounted below; that is EINVAL then.
+		err := unix.Unmount(m.Mountpoint, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", m.Mountpoint, err))
 		}
 	}
 	return errors.Join(errs...)
