@@ -53,7 +53,7 @@ type conn struct {
 	// The pump's own.
 	readable bool // the socket may have data, or its end
 	hungUp   bool // nobody is left who could read or write the socket's peer
-	starved  bool // in pump.starved
+	starved  bool // in pump.waiting
 
 	mu      sync.Mutex // protects what follows, and every use of fd
 	state   connState

@@ -367,6 +367,29 @@ func TestHalfClose(t *testing.T) {
 	})
 }
 
+// A guest that closes without having read what the host wrote is no error for
+// the host's reader: it gets what the guest has written, and the end.
+func TestGuestClosesWithoutReading(t *testing.T) {
+	g := newGuest(t, Config{})
+	host, s := dial(t, g, 1, g.listen(1))
+	stopped := make(chan error)
+	go func() { // more than the guest's credit, so that some stays in the socket
+		_, err := copyAll(host, stream(1, 10<<20))
+		stopped <- err
+	}()
+	s.waitFull()
+	s.Write([]byte("last words"))
+	s.Close()
+	if err := <-stopped; !errors.Is(err, unix.EPIPE) {
+		t.Errorf("the host's writer got %v", err)
+	}
+	if got, err := io.ReadAll(host); err != nil || string(got) != "last words" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	s.waitGone()
+	waitFor(t, "no connection is left", func() bool { return g.connections() == 0 })
+}
+
 // What was written just before a close arrives, followed by the end.
 func TestCloseLosesNothing(t *testing.T) {
 	const size = 8 << 20

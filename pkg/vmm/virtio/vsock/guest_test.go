@@ -493,6 +493,15 @@ func (s *socket) Close() error {
 	return nil
 }
 
+// waitFull waits until the device has used all the credit it has.
+func (s *socket) waitFull() {
+	s.g.mu.Lock()
+	defer s.g.mu.Unlock()
+	for s.data.size < int(s.bufAlloc) && !s.g.dead {
+		s.g.changed.Wait()
+	}
+}
+
 // waitGone waits until the device has confirmed that the connection is gone.
 func (s *socket) waitGone() {
 	s.g.mu.Lock()
