@@ -82,6 +82,16 @@ var guestActions = map[string]func(say func(string, ...any)){
 		clock, _ := os.ReadFile("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 		say("online=%s topology=%d siblings=%s threads=%s gomaxprocs=%d clocksource=%s", bytes.TrimSpace(online), len(packages),
 			bytes.TrimSpace(siblings), bytes.TrimSpace(threads), runtime.NumCPU(), bytes.TrimSpace(clock))
+		iomem, _ := os.ReadFile("/proc/iomem")
+		var ram uint64
+		for line := range strings.Lines(string(iomem)) {
+			var start, end uint64
+			if strings.HasSuffix(line, " : System RAM\n") {
+				fmt.Sscanf(line, "%x-%x", &start, &end)
+				ram += end + 1 - start
+			}
+		}
+		say("ram=%dMiB", ram>>20)
 	},
 	"devices": func(say func(string, ...any)) {
 		for _, name := range []string{"pmem0", "pmem1"} {
@@ -189,7 +199,7 @@ func (c *consoleBuffer) String() string {
 }
 
 // guestKernel is the kernel to boot: MICROVM_KERNEL or bin/vmlinux.
-func guestKernel(t *testing.T) *os.File {
+func guestKernel(t testing.TB) *os.File {
 	t.Helper()
 	path := os.Getenv("MICROVM_KERNEL")
 	if path == "" {
@@ -207,7 +217,9 @@ func guestConfig(t *testing.T, action, more string) (Config, *consoleBuffer) {
 	console := &consoleBuffer{t: t}
 	return Config{
 		KVM: openKVM(t), Kernel: guestKernel(t), Initrd: guestInitrd(t),
-		CommandLine:  "earlyprintk=ttyS0 console=ttyS0 panic=-1 guest.do=" + action + " " + more + " " + os.Getenv("MICROVM_TEST_APPEND"),
+		// Alerts alone, as every character is two exits. For more when a test fails
+		// there is MICROVM_TEST_APPEND, for example "loglevel=8".
+		CommandLine:  "earlyprintk=ttyS0 console=ttyS0 loglevel=2 panic=-1 guest.do=" + action + " " + more + " " + os.Getenv("MICROVM_TEST_APPEND"),
 		MemoryBytes:  256 << 20,
 		VCPUs:        1,
 		DebugConsole: console,
@@ -273,6 +285,9 @@ func TestGuestCPUs(t *testing.T) {
 		t.Run(strconv.Itoa(n), func(t *testing.T) {
 			c, console := guestConfig(t, "cpus", "guest.do=poweroff")
 			c.VCPUs = n
+			if n == 4 {
+				c.MemoryBytes = 4 << 30 // a part of it above 4 GiB
+			}
 			all := "0"
 			if n > 1 {
 				all = fmt.Sprintf("0-%d", n-1)
@@ -280,9 +295,13 @@ func TestGuestCPUs(t *testing.T) {
 			if exit := runGuest(t, c); exit.Reason != ExitPowerOff {
 				t.Errorf("exit %+v", exit)
 			}
-			want := fmt.Sprintf("guest: online=%s topology=%d siblings=%s threads=0 gomaxprocs=%d clocksource=", all, n, all, n)
-			if !strings.Contains(console.String(), want) {
-				t.Errorf("no %q on the console:\n%s", want, console)
+			for _, want := range []string{
+				fmt.Sprintf("guest: online=%s topology=%d siblings=%s threads=0 gomaxprocs=%d clocksource=", all, n, all, n),
+				fmt.Sprintf("guest: ram=%dMiB", c.MemoryBytes>>20-1), // less than 1 MiB is missing
+			} {
+				if !strings.Contains(console.String(), want) {
+					t.Errorf("no %q on the console:\n%s", want, console)
+				}
 			}
 		})
 	}
@@ -389,5 +408,29 @@ func TestGuestBootExits(t *testing.T) {
 	c.Devices = []virtio.Device{rng.New(rand.Reader)}
 	if exit := runGuest(t, c); exit.Reason != ExitPowerOff {
 		t.Errorf("exit %+v", exit)
+	}
+}
+
+// BenchmarkNew makes machines with the guest kernel, and takes them apart again
+// without running them: what the VMM does before a guest's first instruction.
+func BenchmarkNew(b *testing.B) {
+	for _, vcpus := range []int{1, 8} {
+		b.Run(fmt.Sprintf("vcpus=%d", vcpus), func(b *testing.B) {
+			c := Config{
+				KVM: openKVM(b), Kernel: guestKernel(b), CommandLine: "quiet", MemoryBytes: 512 << 20, VCPUs: vcpus,
+				Devices: []virtio.Device{rng.New(rand.Reader)},
+				Log:     slog.New(slog.NewTextHandler(io.Discard, nil)),
+			}
+			for b.Loop() {
+				m, err := New(c)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				m.Stop()
+				m.Run()
+				b.StartTimer()
+			}
+		})
 	}
 }

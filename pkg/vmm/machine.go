@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -302,10 +303,14 @@ func (m *Machine) Run() (Exit, error) {
 	<-m.ended
 	m.kick(wantEnded)
 	running.Wait()
+	where := m.where()
 	closeErr := m.close()
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.exit.Reason == ExitStopped {
+		m.exit.Detail = where // a guest that hangs is stopped in the end
+	}
 	if m.exit.Reason == ExitError {
 		return m.exit, fmt.Errorf("machine: %s", m.exit.Detail)
 	}
@@ -313,6 +318,21 @@ func (m *Machine) Run() (Exit, error) {
 		m.log.Error("machine was not taken apart cleanly", "error", closeErr)
 	}
 	return m.exit, nil
+}
+
+// where says where the vCPUs that the guest has started are.
+func (m *Machine) where() string {
+	var s []string
+	for _, v := range m.vcpus {
+		switch state, err := v.kvm.GetMPState(); {
+		case err != nil || state == kvm.MPStateUninitialized:
+		case state == kvm.MPStateHalted:
+			s = append(s, fmt.Sprintf("vCPU %d halted%s", v.id, v.where()))
+		default:
+			s = append(s, fmt.Sprintf("vCPU %d%s", v.id, v.where()))
+		}
+	}
+	return strings.Join(s, ", ")
 }
 
 // Stop ends the machine with ExitStopped, unless it has ended already. It does

@@ -94,7 +94,7 @@ func tempFile(t *testing.T, contents []byte) *os.File {
 	return file
 }
 
-func openKVM(t *testing.T) *os.File {
+func openKVM(t testing.TB) *os.File {
 	t.Helper()
 	file, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
@@ -261,7 +261,7 @@ func TestPauseResumeStop(t *testing.T) {
 	}
 	m.Stop()
 	m.Stop()
-	if exit := <-ended; exit.Reason != ExitStopped {
+	if exit := <-ended; exit.Reason != ExitStopped || !strings.HasPrefix(exit.Detail, "vCPU 0 at rip 0x10000") || strings.Contains(exit.Detail, "vCPU 1") {
 		t.Errorf("exit %+v", exit)
 	}
 	if m.Pause() == nil || m.Resume() == nil {

@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
@@ -38,6 +39,12 @@ func (m *Machine) addMemory(size uint64) error {
 	// A core dump of ours is not to hold the guest's secrets, nor gigabytes.
 	if err := unix.Madvise(b, unix.MADV_DONTDUMP); err != nil {
 		return fmt.Errorf("guest memory: MADV_DONTDUMP: %w", err)
+	}
+	// Huge pages halve the time to load the kernel and spare the guest most of
+	// its faults. They cost some 10 MiB of a small idle guest. EINVAL: the host's
+	// kernel has none.
+	if err := unix.Madvise(b, unix.MADV_HUGEPAGE); err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("guest memory: MADV_HUGEPAGE: %w", err)
 	}
 	low := min(size, uint64(lowMemoryEnd))
 	if err := m.addRegion(memory.Region{Bytes: b[:low:low]}, ram.address()); err != nil {
