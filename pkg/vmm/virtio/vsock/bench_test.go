@@ -50,7 +50,29 @@ func BenchmarkHostToGuestSmall(b *testing.B) {
 
 // BenchmarkRoundTrip sends a byte to the guest, which sends it back.
 func BenchmarkRoundTrip(b *testing.B) {
+	benchmarkRoundTrip(b, newGuest(b, Config{}))
+}
+
+// BenchmarkRoundTripBusy does so beside connections that send all they can in
+// each direction.
+func BenchmarkRoundTripBusy(b *testing.B) {
 	g := newGuest(b, Config{})
+	for i := range uint32(2) {
+		host, s := dial(b, g, 2+i, g.listen(2+i))
+		go copyAll(io.Discard, host)
+		go copyAll(io.Discard, s)
+		go copyAll(host, zeros{})
+		go copyAll(s, zeros{})
+	}
+	benchmarkRoundTrip(b, g)
+	g.reset()
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+func benchmarkRoundTrip(b *testing.B, g *guest) {
 	host, s := dial(b, g, 1, g.listen(1))
 	go copyAll(s, s)
 	p := make([]byte, 1)
