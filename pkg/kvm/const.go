@@ -28,80 +28,51 @@ const (
 	reqSetSregs            = 0x4138ae84
 	reqGetMSRs             = 0xc008ae88
 	reqSetMSRs             = 0x4008ae89
-	reqSetFPU              = 0x41a0ae8d
 	reqGetLAPIC            = 0x8400ae8e
 	reqSetLAPIC            = 0x4400ae8f
 	reqSetCPUID2           = 0x4008ae90
 	reqGetMPState          = 0x8004ae98
-	reqGetTSCKHz           = 0xaea3
 	reqKVMClockCtrl        = 0xaead
 )
 
 // Capabilities, for CheckExtension.
 const (
 	CapUserMemory         = 3
-	CapNRMemslots         = 10
-	CapMPState            = 14
-	CapIRQFD              = 32
 	CapIOEventFD          = 36
 	CapTSCDeadlineTimer   = 72
-	CapKVMClockCtrl       = 76
 	CapSignalMSI          = 77
 	CapReadonlyMem        = 81
-	CapMaxVCPUs           = 66
 	CapSplitIRQChip       = 121
 	CapIOEventFDAnyLength = 122
 	CapImmediateExit      = 136
-	CapBinaryStatsFD      = 203
 )
 
 // Exit reasons, struct kvm_run's exit_reason.
 const (
-	ExitUnknown       = 0
 	ExitIO            = 2
-	ExitHypercall     = 3
-	ExitDebug         = 4
-	ExitHLT           = 5
 	ExitMMIO          = 6
-	ExitIRQWindowOpen = 7
 	ExitShutdown      = 8
 	ExitFailEntry     = 9
 	ExitIntr          = 10
 	ExitInternalError = 17
-	ExitSystemEvent   = 24
-	ExitIOAPICEOI     = 26
-	ExitX86RDMSR      = 29
-	ExitX86WRMSR      = 30
-	ExitX86BusLock    = 33
 )
 
-// Flags of UserMemoryRegion.
-const (
-	MemLogDirtyPages = 1 << 0
-	MemReadonly      = 1 << 1
-)
+// MemReadonly in UserMemoryRegion.Flags has the guest's writes exit.
+const MemReadonly = 1 << 1
 
-// Flags of IOEventFD.
-const (
-	IOEventFDDatamatch = 1 << 0
-	IOEventFDPIO       = 1 << 1
-	IOEventFDDeassign  = 1 << 2
-)
+// IOEventFDDeassign in IOEventFD.Flags takes an ioeventfd away.
+const IOEventFDDeassign = 1 << 2
 
 // IRQFDDeassign in IRQFD.Flags takes an irqfd away.
 const IRQFDDeassign = 1 << 0
 
-// Types of IRQRoutingEntry.
-const (
-	IRQRoutingIRQChip = 1
-	IRQRoutingMSI     = 2
-)
+// IRQRoutingMSI in IRQRoutingEntry.Type makes the route a message.
+const IRQRoutingMSI = 2
 
 // Multiprocessing states, KVM_GET_MP_STATE.
 const (
 	MPStateRunnable      = 0
 	MPStateUninitialized = 1
-	MPStateInitReceived  = 2
 	MPStateHalted        = 3
 )
 

@@ -73,6 +73,3 @@ func (v *VCPU) InternalError() (suberror uint32, data []uint64) {
 
 // FailEntryReason is the hardware's reason code after ExitFailEntry.
 func (v *VCPU) FailEntryReason() uint64 { return binary.LittleEndian.Uint64(v.run[runUnion:]) }
-
-// SystemEvent is the event type after ExitSystemEvent.
-func (v *VCPU) SystemEvent() uint32 { return binary.LittleEndian.Uint32(v.run[runUnion:]) }

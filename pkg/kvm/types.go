@@ -38,21 +38,6 @@ type Sregs struct {
 	InterruptBitmap         [4]uint64
 }
 
-// FPU is struct kvm_fpu.
-type FPU struct {
-	FPR        [8][16]uint8
-	FCW        uint16
-	FSW        uint16
-	FTWX       uint8
-	_          uint8
-	LastOpcode uint16
-	LastIP     uint64
-	LastDP     uint64
-	XMM        [16][16]uint8
-	MXCSR      uint32
-	_          uint32
-}
-
 // LAPICState is struct kvm_lapic_state: the local APIC's register page.
 type LAPICState struct {
 	Regs [1024]uint8

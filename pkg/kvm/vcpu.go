@@ -52,9 +52,6 @@ func (v *VCPU) GetSregs() (Sregs, error) { return get[Sregs](v, reqGetSregs, "KV
 // SetSregs is KVM_SET_SREGS.
 func (v *VCPU) SetSregs(s Sregs) error { return set(v, reqSetSregs, "KVM_SET_SREGS", &s) }
 
-// SetFPU is KVM_SET_FPU.
-func (v *VCPU) SetFPU(f FPU) error { return set(v, reqSetFPU, "KVM_SET_FPU", &f) }
-
 // GetLAPIC is KVM_GET_LAPIC.
 func (v *VCPU) GetLAPIC() (LAPICState, error) {
 	return get[LAPICState](v, reqGetLAPIC, "KVM_GET_LAPIC")
@@ -113,15 +110,6 @@ func (v *VCPU) SetMSRs(entries []MSREntry) error {
 		return fmt.Errorf("KVM_SET_MSRS: MSR %#x = %#x was refused", entries[n].Index, entries[n].Data)
 	}
 	return nil
-}
-
-// GetTSCKHz is KVM_GET_TSC_KHZ: the guest's TSC frequency in kHz.
-func (v *VCPU) GetTSCKHz() (int, error) {
-	n, err := ioctl(v.fd, reqGetTSCKHz, 0)
-	if err != nil {
-		return 0, fmt.Errorf("KVM_GET_TSC_KHZ: %w", err)
-	}
-	return n, nil
 }
 
 // KVMClockCtrl is KVM_KVMCLOCK_CTRL: tells the guest that it was paused, so
