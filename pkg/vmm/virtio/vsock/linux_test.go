@@ -302,7 +302,7 @@ func TestLinux(t *testing.T) {
 	// Nothing is asserted of how long it takes.
 	c := call(t, guestEcho)
 	p := make([]byte, 1)
-	const trips = 200
+	const trips = 50
 	begin := time.Now()
 	for range trips {
 		c.Write(p)
@@ -316,7 +316,7 @@ func TestLinux(t *testing.T) {
 		c.Close()
 	}
 	t.Logf("dial: %v", time.Since(begin)/trips)
-	const much = 64 << 20
+	const much = 16 << 20
 	c = call(t, guestSource)
 	begin = time.Now()
 	binary.Write(c, binary.LittleEndian, int64(much))
