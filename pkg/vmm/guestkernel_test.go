@@ -124,6 +124,22 @@ var guestActions = map[string]func(say func(string, ...any)){
 		n, err := io.ReadFull(source, bytes64)
 		say("rng %s: %d bytes, %v", bytes.TrimSpace(current), n, err)
 	},
+	"rescan": func(say func(string, ...any)) {
+		const device = "/sys/bus/virtio/devices/virtio0/driver"
+		for driver := ""; driver == ""; driver, _ = os.Readlink(device) {
+			say("looking")
+			time.Sleep(100 * time.Millisecond)
+			if err := os.WriteFile("/sys/bus/pci/rescan", []byte("1"), 0); err != nil {
+				say("%v", err)
+			}
+		}
+		bytes64 := make([]byte, 64)
+		source, err := os.Open("/dev/hwrng")
+		if err == nil {
+			_, err = io.ReadFull(source, bytes64)
+		}
+		say("entropy: %v", err)
+	},
 	"spin": func(say func(string, ...any)) {
 		for i := 0; ; i++ {
 			say("tick %d", i)
@@ -228,6 +244,9 @@ func guestConfig(t *testing.T, action, more string) (Config, *consoleBuffer) {
 	}, console
 }
 
+// guestLimit ends a guest that hangs.
+const guestLimit = 3 * time.Minute
+
 func runGuest(t *testing.T, c Config) Exit {
 	t.Helper()
 	start := time.Now()
@@ -236,7 +255,7 @@ func runGuest(t *testing.T, c Config) Exit {
 		t.Fatal(err)
 	}
 	made := time.Since(start)
-	watchdog := time.AfterFunc(3*time.Minute, m.Stop)
+	watchdog := time.AfterFunc(guestLimit, m.Stop)
 	defer watchdog.Stop()
 	exit, err := m.Run()
 	if err != nil {
@@ -341,6 +360,33 @@ func TestGuestDevices(t *testing.T) {
 	written := make([]byte, 4)
 	if _, err := c.Pmem[1].File.ReadAt(written, 4096); err != nil || string(written) != "host" {
 		t.Errorf("the writable file has %q, %v", written, err)
+	}
+}
+
+// TestGuestHotplug adds a device while the guest runs: it finds the device by
+// looking at the bus again.
+func TestGuestHotplug(t *testing.T) {
+	c, console := guestConfig(t, "rescan", "guest.do=poweroff")
+	m, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	device := rng.New(rand.Reader)
+	go func() {
+		for !strings.Contains(console.String(), "guest: looking") {
+			time.Sleep(100 * time.Millisecond)
+		}
+		if err := m.addDevice(device); err != nil {
+			t.Error(err)
+		}
+	}()
+	watchdog := time.AfterFunc(guestLimit, m.Stop)
+	defer watchdog.Stop()
+	if exit, err := m.Run(); exit.Reason != ExitPowerOff || err != nil {
+		t.Errorf("exit %+v, %v", exit, err)
+	}
+	if !strings.Contains(console.String(), "guest: entropy: <nil>") || m.PCIAddress(device) != "0000:00:01.0" {
+		t.Errorf("device at %s; console:\n%s", m.PCIAddress(device), console)
 	}
 }
 

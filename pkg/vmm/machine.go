@@ -78,20 +78,20 @@ type Machine struct {
 	nextSlot uint32
 	highEnd  memory.GuestAddress // first address above everything that has memory
 
-	pci        *pci.Bus
-	transports []*virtiopci.Transport
-	addresses  map[virtio.Device]pci.Address
-	uart       *uart
-	vcpus      []*vcpu
+	pci   *pci.Bus
+	uart  *uart
+	vcpus []*vcpu
 
 	ended chan struct{} // closed when exit is set
 	acks  chan struct{} // a vCPU parked or ended
 
-	mu      sync.Mutex // protects what follows and the vCPUs' tid and parked
-	resumed *sync.Cond // want changed
-	want    want
-	started bool
-	exit    Exit
+	mu         sync.Mutex // protects what follows and the vCPUs' tid and parked
+	transports []*virtiopci.Transport
+	addresses  map[virtio.Device]pci.Address
+	resumed    *sync.Cond // want changed
+	want       want
+	started    bool
+	exit       Exit
 }
 
 // New makes a machine that is ready to run. Run must follow: it gives back what
@@ -224,23 +224,9 @@ func (m *Machine) addDevices(c Config) error {
 		devices = append(devices, d)
 	}
 	for _, d := range append(devices, c.Devices...) {
-		t, err := virtiopci.New(virtiopci.Config{
-			Device:           d,
-			Memory:           m.memory,
-			SendMSI:          m.sendMSI,
-			AssignDoorbell:   m.assignDoorbell,
-			DeassignDoorbell: m.deassignDoorbell,
-			Log:              m.log.With("virtio-type", d.Type()),
-		})
-		if err != nil {
+		if err := m.addDevice(d); err != nil {
 			return err
 		}
-		m.transports = append(m.transports, t)
-		addr, err := m.pci.Add(t.Function())
-		if err != nil {
-			return err
-		}
-		m.addresses[d] = addr
 	}
 	f, err := newPVPanic(func() { m.finish(Exit{Reason: ExitPanic}) })
 	if err != nil {
@@ -248,6 +234,31 @@ func (m *Machine) addDevices(c Config) error {
 	}
 	_, err = m.pci.Add(f)
 	return err
+}
+
+// addDevice puts a virtio device on the bus. A running guest finds it when it
+// looks at the bus again.
+func (m *Machine) addDevice(d virtio.Device) error {
+	t, err := virtiopci.New(virtiopci.Config{
+		Device:           d,
+		Memory:           m.memory,
+		SendMSI:          m.sendMSI,
+		AssignDoorbell:   m.assignDoorbell,
+		DeassignDoorbell: m.deassignDoorbell,
+		Log:              m.log.With("virtio-type", d.Type()),
+	})
+	if err != nil {
+		return err
+	}
+	addr, err := m.pci.Add(t.Function())
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.transports = append(m.transports, t)
+	m.addresses[d] = addr
+	return nil
 }
 
 // sendMSI delivers an interrupt message. The ioctl does at once what an irqfd
@@ -271,6 +282,8 @@ func (m *Machine) deassignDoorbell(addr uint64, kick *eventfd.EventFD) error {
 // PCIAddress is where the guest finds a device of Config.Devices:
 // "0000:00:03.0"; "" for a device that is not on the bus.
 func (m *Machine) PCIAddress(d virtio.Device) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	addr, ok := m.addresses[d]
 	if !ok {
 		return ""

@@ -90,7 +90,12 @@ const windowStart = 0xd0000000
 
 func newMachine(t testing.TB) *machine {
 	t.Helper()
-	m := &machine{t: t, device: &fakeDevice{t: t}, doorbells: map[uint64]*eventfd.EventFD{}}
+	return newMachineIn(t, make([]byte, pci.ECAMSize))
+}
+
+func newMachineIn(t testing.TB, ecam []byte) *machine {
+	t.Helper()
+	m := &machine{t: t, ecam: ecam, device: &fakeDevice{t: t}, doorbells: map[uint64]*eventfd.EventFD{}}
 	var mem memory.Memory
 	if err := mem.Add(memory.Region{Bytes: make([]byte, 0x10000)}); err != nil {
 		t.Fatal(err)
@@ -123,7 +128,6 @@ func newMachine(t testing.TB) *machine {
 		t.Fatal(err)
 	}
 	t.Cleanup(m.transport.Reset)
-	m.ecam = make([]byte, pci.ECAMSize)
 	m.bus, err = pci.NewBus(pci.Window{Start: windowStart, Size: 0x100000}, m.ecam)
 	if err != nil {
 		t.Fatal(err)
@@ -651,8 +655,9 @@ func FuzzTransport(f *testing.F) {
 	f.Add(start(2, 0, offStatus, 1, 0, 0, 0, 0))
 	f.Add(start(0, 0, 0x10, 4, 0, 0, 4, 0xd0, 2, 0, offStatus, 1, 15, 0, 0, 0))
 	f.Add(start(2, partNotify>>8, 0, 2, 0, 0, 0, 0, 0, 0, 4, 2, 0, 0, 0, 0))
+	ecam := make([]byte, pci.ECAMSize) // too big to be made each time; NewBus fills what counts
 	f.Fuzz(func(t *testing.T, script []byte) {
-		m := newMachine(t)
+		m := newMachineIn(t, ecam)
 		for ; len(script) >= 8; script = script[8:] {
 			offset, n := uint64(script[1])<<8|uint64(script[2]), int(script[3]%9)
 			value := append(bytes.Clone(script[4:8]), script[4:8]...)[:n]
