@@ -58,10 +58,10 @@ lock() {
 	flock -n 9 || { say "another run is at work, waiting"; flock 9; }
 }
 
-# scratch: makes a directory that goes away when the script ends, and sets SCRATCH to it.
+# scratch: makes a directory that goes away when the script ends, as do its background jobs, and sets SCRATCH to it.
 scratch() {
 	SCRATCH=$(mktemp -d "${TMPDIR:-/var/tmp}/microvm-build.XXXXXX")
-	trap 'rm -rf "$SCRATCH"' EXIT
+	trap 'jobs -p | xargs -r kill 2>/dev/null; rm -rf "$SCRATCH"' EXIT
 }
 
 # put FROM TO: puts a file in place by renaming, so that nobody sees half of it or "text file busy".
