@@ -43,7 +43,7 @@ type Conn interface {
 // Streams are the host's ends of a process's streams. All methods may be
 // called concurrently.
 type Streams struct {
-	stdin          *input
+	stdin          *input // nil if not connected
 	stdout, stderr *os.File
 	logger         *logger
 
@@ -52,9 +52,10 @@ type Streams struct {
 	drained  chan struct{} // closed when the outputs have ended
 	progress atomic.Int64  // bytes that have reached the client
 
-	mu     sync.Mutex
-	conns  []Conn
-	closed bool
+	mu        sync.Mutex
+	conns     []Conn
+	stdinConn Conn // until StartStdin
+	closed    bool
 }
 
 // Open opens the host's ends. The caller must Close them.
@@ -94,7 +95,7 @@ func Open(ctx context.Context, c Config) (_ *Streams, err error) {
 		}
 	}
 	if c.Stdin != "" {
-		if s.stdin, err = openInput(c.Stdin); err != nil {
+		if s.stdin, err = newInput(c.Stdin); err != nil {
 			return nil, fmt.Errorf("stdin: %w", err)
 		}
 	}
@@ -172,9 +173,7 @@ func (s *Streams) Copy(stdin, stdout, stderr Conn) {
 	if s.closed {
 		return
 	}
-	if stdin != nil {
-		s.inputs.Go(func() { s.stdin.copy(stdin) })
-	}
+	s.stdinConn = stdin
 	for _, o := range []struct {
 		to   *os.File
 		from Conn
@@ -193,6 +192,25 @@ func (s *Streams) Copy(stdin, stdout, stderr Conn) {
 		s.outputs.Wait()
 		close(s.drained)
 	}()
+}
+
+// StartStdin opens the client's stdin and starts copying it. It is for the start
+// of the process, not sooner: a client that finds a reader, writes little and
+// comes to its end before it knows of the process that it has made cannot say
+// CloseStdin any more, and ctr does not.
+func (s *Streams) StartStdin() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	conn := s.stdinConn
+	if conn == nil || s.closed {
+		return nil
+	}
+	s.stdinConn = nil
+	if err := s.stdin.open(); err != nil {
+		return fmt.Errorf("stdin: %w", err)
+	}
+	s.inputs.Go(func() { s.stdin.copy(conn) })
+	return nil
 }
 
 // CloseStdin lets the process read end of file when what the clients have

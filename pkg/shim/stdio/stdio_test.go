@@ -163,6 +163,7 @@ func TestInput(t *testing.T) {
 	s := open(t, Config{Stdin: path})
 	ours, guest := connection(t)
 	s.Copy(ours, nil, nil)
+	startStdin(t, s)
 
 	send := func(text string) {
 		w, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0)
@@ -200,6 +201,7 @@ func TestCloseWhileInputIsStuck(t *testing.T) {
 	s := open(t, Config{Stdin: path})
 	ours, _ := connection(t)
 	s.Copy(ours, nil, nil)
+	startStdin(t, s)
 	w, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -212,6 +214,32 @@ func TestCloseWhileInputIsStuck(t *testing.T) {
 	s.Close()
 	w.Close()
 	<-written
+}
+
+// A client that comes to its end before the process starts would not say
+// CloseStdin: it must not find a reader until then.
+func TestInputStartsWithTheProcess(t *testing.T) {
+	path := fifo(t, "stdin")
+	s := open(t, Config{Stdin: path})
+	ours, guest := connection(t)
+	s.Copy(ours, nil, nil)
+	if w, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0); !errors.Is(err, unix.ENXIO) {
+		w.Close()
+		t.Fatalf("the fifo has a reader before the process starts: %v", err)
+	}
+	s.CloseStdin()
+	startStdin(t, s)
+	startStdin(t, s) // has no effect
+	if rest, err := io.ReadAll(guest); err != nil || len(rest) != 0 {
+		t.Errorf("%q, %v", rest, err)
+	}
+}
+
+func startStdin(t *testing.T, s *Streams) {
+	t.Helper()
+	if err := s.StartStdin(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestTerminalHasOneOutput(t *testing.T) {
