@@ -42,6 +42,8 @@ type container struct {
 	hooks      specs.Hooks
 	hookState  specs.State
 	publish    func(proto.Message)
+	// alone says that no other container of the sandbox runs.
+	alone func() bool
 
 	// operation is held by pause, resume and update.
 	operation sync.Mutex

@@ -12,6 +12,7 @@ import (
 
 	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/errdefs"
@@ -171,6 +172,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 // createInGuest makes the container in the running machine.
 func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskRequest, spec []byte, rewritten *guestspec.Result) (_ *container, err error) {
 	c := newContainer(r.GetID(), r.GetBundle(), s.sandbox, s.publish)
+	c.alone = func() bool { return s.isAlone(c) }
 	c.hooks = rewritten.HostHooks
 	c.hookState = specs.State{
 		Version: rewritten.Spec.Version, ID: c.id, Status: specs.StateCreating, Pid: int(c.sandboxPid),
@@ -223,6 +225,18 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 		Pid:        c.sandboxPid,
 	})
 	return c, nil
+}
+
+// isAlone says that no container but c runs or is about to.
+func (s *service) isAlone(c *container) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, other := range s.containers {
+		if status, _, _ := other.init.state(); other != c && status != tasktypes.Status_STOPPED {
+			return false
+		}
+	}
+	return len(s.creating) == 0
 }
 
 // oom tells of a container that has run into its memory limit. The id is the

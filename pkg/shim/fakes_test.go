@@ -212,7 +212,7 @@ func newFixture(t *testing.T) *fixture {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.cgroups = append(f.cgroups, path)
-			return &placement{launched: func() {}, leave: func() {
+			return &placement{launched: func() {}, oomKills: func() int { return 0 }, leave: func() {
 				f.mu.Lock()
 				defer f.mu.Unlock()
 				f.cgroups = slices.DeleteFunc(f.cgroups, func(p string) bool { return p == path })
@@ -222,6 +222,7 @@ func newFixture(t *testing.T) *fixture {
 		identify: state.Identify,
 		cpus:     4,
 		memory:   8 << 30,
+		patience: time.Minute,
 	}
 	f.service = newService("ns", h, f.publish, func() { close(f.down) })
 	f.end = sync.OnceValue(f.service.stop)

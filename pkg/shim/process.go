@@ -40,6 +40,8 @@ type process struct {
 	code   uint32
 	at     time.Time
 	exited chan struct{} // closed when STOPPED
+
+	enforce sync.Once
 }
 
 func newProcess(c *container, execID string, config stdio.Config, streams *stdio.Streams) *process {
@@ -101,7 +103,11 @@ func (p *process) start(ctx context.Context) error {
 	if err := c.sandbox.alive(); err != nil {
 		return err
 	}
-	if _, err := c.sandbox.agent.StartProcess(ctx, c.id, p.execID); err != nil {
+	err := p.streams.StartStdin()
+	if err == nil {
+		_, err = c.sandbox.agent.StartProcess(ctx, c.id, p.execID)
+	}
+	if err != nil {
 		if p.execID != "" {
 			// Nobody will tell of its end, because it has not begun.
 			p.exit(agentclient.UnknownStatus, time.Now(), nil)
@@ -204,7 +210,30 @@ func (p *process) kill(ctx context.Context, signal uint32, all bool) error {
 	if p.container.sandbox.alive() != nil {
 		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
 	}
+	if signal == sigkill && p.execID == "" {
+		p.enforce.Do(func() { go p.enforceKill() })
+	}
 	return p.container.sandbox.agent.Signal(ctx, p.container.id, p.execID, signal, all)
+}
+
+// enforceKill sees to it that SIGKILL has its effect although a guest may not
+// want it to: when a container outlives it, and no other one in the machine
+// runs, the machine is killed.
+func (p *process) enforceKill() {
+	c := p.container
+	for {
+		select {
+		case <-p.exited:
+			return
+		case <-time.After(c.sandbox.host.patience):
+		}
+		if c.alone() {
+			log.L.Errorf("container %s outlives SIGKILL, killing its virtual machine", c.id)
+			c.sandbox.vm.Kill()
+			return
+		}
+		log.L.Errorf("container %s outlives SIGKILL; other containers run in its virtual machine", c.id)
+	}
 }
 
 func (p *process) isDeleted() bool {

@@ -47,6 +47,8 @@ type host struct {
 	cpus     int
 	memory   uint64 // bytes
 	identify func(pid int) (state.Process, error)
+	// patience is how long a container may outlive SIGKILL.
+	patience time.Duration
 }
 
 // placement is a shim that is in its sandbox's cgroup.
@@ -54,6 +56,9 @@ type placement struct {
 	// launched is called when the VMM has been started, leave when it has
 	// ended.
 	launched, leave func()
+	// oomKills counts the processes in there that the host's kernel has killed
+	// for lack of memory.
+	oomKills func() int
 }
 
 // tree is *share.Tree.
@@ -136,7 +141,7 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 		return s.logs.describe(s.bootError(ctx, err))
 	}
 	go s.watchOOM(c.onOOM)
-	go s.monitor()
+	go s.monitor(s.placed)
 	log.L.WithFields(log.Fields{
 		"vmm": s.vm.Pid(), "kernel": info.KernelRelease, "agent": info.Version, "took": time.Since(begin).Round(time.Millisecond).String(),
 	}).Info("the sandbox's virtual machine is up")
@@ -235,7 +240,7 @@ func exitText(e control.Exit) string {
 
 // monitor waits for the end of the machine, or of the agent, without which it
 // is of no use.
-func (s *sandbox) monitor() {
+func (s *sandbox) monitor(placed *placement) {
 	select {
 	case <-s.vm.Done():
 	case <-s.agent.Done():
@@ -252,10 +257,13 @@ func (s *sandbox) monitor() {
 	select {
 	case <-s.vm.Done():
 		exit := s.vm.Exit()
+		end = fmt.Errorf("the virtual machine has ended: %s", exitText(exit))
 		if exit.Reason == control.ReasonKilled {
 			status = statusKilled
+			if placed != nil && placed.oomKills() > 0 {
+				end = fmt.Errorf("%w: the host's kernel has killed the VMM because memory ran out (the pod's, or the host's)", end)
+			}
 		}
-		end = fmt.Errorf("the virtual machine has ended: %s", exitText(exit))
 	case <-time.After(lastWords + killed):
 	}
 	s.mu.Lock()

@@ -33,6 +33,9 @@ const (
 	// lastAnswers bounds the time for answers and events that are on their way
 	// when the shim ends.
 	lastAnswers = time.Second
+	// killPatience is how long a guest may take to do what the kernel of a
+	// host does at once.
+	killPatience = 30 * time.Second
 )
 
 // serve is the process that serves a sandbox until that is shut down.
@@ -200,6 +203,7 @@ func (d *daemon) newHost(p *Program) (*host, error) {
 		identify: state.Identify,
 		cpus:     runtime.NumCPU(),
 		memory:   info.Totalram * uint64(info.Unit),
+		patience: killPatience,
 	}, nil
 }
 
@@ -221,6 +225,7 @@ func (d *daemon) place(root, path string) (*placement, error) {
 		}
 	}
 	placed := &placement{
+		oomKills: group.OOMKills,
 		launched: func() {
 			if elsewhere {
 				leave()

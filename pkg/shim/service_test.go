@@ -676,8 +676,39 @@ func TestHostileAgent(t *testing.T) {
 	f.delete("c2", "")
 }
 
-// Init has gone, but an exec the agent does not report any more: it is given
-// up on. Here the agent's connection ends first.
+// A guest that does not let go of a container that was killed loses its
+// machine, unless other containers run in there.
+func TestKillIsEnforced(t *testing.T) {
+	f := newFixture(t)
+	f.host.patience = 20 * time.Millisecond
+	f.agent.Programs["stubborn"] = func(p *agenttest.Process) uint32 {
+		<-f.machine().done
+		return 0
+	}
+	f.create("c1", "stubborn")
+	f.create("c2", "sleep")
+	f.start("c1", "")
+	f.start("c2", "")
+	if err := f.kill("c1", ""); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(5 * f.host.patience)
+	if s := f.status("c2", ""); s.Status != tasktypes.Status_RUNNING {
+		t.Errorf("the other container: %v", s)
+	}
+	if err := f.kill("c2", ""); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"c1", "c2"} {
+		if code := f.wait(id, ""); code != 137 {
+			t.Errorf("%s ended with %d", id, code)
+		}
+		if err := f.delete(id, ""); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestOOMEvent(t *testing.T) {
 	f := newFixture(t)
 	f.create("c1", "sleep")

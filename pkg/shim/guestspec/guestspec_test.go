@@ -153,6 +153,9 @@ func TestMounts(t *testing.T) {
 			spec.Mounts = []specs.Mount{test.mount}
 			in := first
 			in.Bundle = dir
+			if test.host != nil {
+				test.host.Destination = test.mount.Destination
+			}
 			r := rewrite(t, spec, in)
 			if !reflect.DeepEqual(r.Spec.Mounts[0], test.want) {
 				t.Errorf("got  %+v\nwant %+v", r.Spec.Mounts[0], test.want)
@@ -289,7 +292,7 @@ func TestRefused(t *testing.T) {
 		{"host uts", without(specs.UTSNamespace), "uts", false},
 		{"host mounts", without(specs.MountNamespace), "mount", false},
 		{"another container's pids", func(s *specs.Spec) { s.Linux.Namespaces[0].Path = "/proc/1/ns/pid" }, "/proc/1/ns/pid", false},
-		{"mount source missing", bind("/nonexistent/dir"), "mount /mnt: source: lstat /nonexistent", true},
+		{"mount source missing", bind("/nonexistent/dir"), "mount /mnt: source /nonexistent/dir: lstat /nonexistent", true},
 		{"mapped mount", func(s *specs.Spec) {
 			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "bind", Source: "/tmp", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
 		}, "mapped", false},

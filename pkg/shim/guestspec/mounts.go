@@ -15,6 +15,8 @@ import (
 // Mount is one to be made in the shared directory on the host, from where it is
 // bound to its place in the guest.
 type Mount struct {
+	// Destination in the container, for messages.
+	Destination string
 	// Source is absolute; links in it are followed.
 	Source string
 	// File says that it is not a directory.
@@ -67,7 +69,7 @@ func (r *Result) mount(m *specs.Mount, in Input) error {
 	if slices.Contains(m.Options, "ro") {
 		options = append(options, "ro")
 	}
-	r.share(m, in, Mount{Source: m.Source, Type: m.Type, Options: m.Options})
+	r.share(m, in, Mount{Destination: m.Destination, Source: m.Source, Type: m.Type, Options: m.Options})
 	m.Options = options
 	return nil
 }
@@ -90,11 +92,11 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 	}
 	target, err := filepath.EvalSymlinks(source)
 	if err != nil {
-		return invalid("mount %s: source: %w", m.Destination, err)
+		return invalid("mount %s: source %s: %w", m.Destination, source, err)
 	}
 	info, err := os.Stat(target)
 	if err != nil {
-		return invalid("mount %s: source: %w", m.Destination, err)
+		return invalid("mount %s: source %s: %w", m.Destination, source, err)
 	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(target, &fs); err != nil {
@@ -109,7 +111,11 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 		m.Type, m.Source = "bind", own
 		return nil
 	}
-	mount := Mount{Source: source, File: !info.IsDir()}
+	if info.Mode()&os.ModeSocket != 0 {
+		// The name can be shared, but not the kernel that connects the two ends.
+		r.Remarks = append(r.Remarks, "mount "+m.Destination+": "+source+" is a socket: a program of the host cannot be reached through it")
+	}
+	mount := Mount{Destination: m.Destination, Source: source, File: !info.IsDir()}
 	for _, option := range m.Options { // the last word counts
 		switch option {
 		case "bind":

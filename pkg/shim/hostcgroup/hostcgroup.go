@@ -273,6 +273,28 @@ func (g *Group) Leave() error {
 	return errors.Join(errs...)
 }
 
+// OOMKills counts the processes of the cgroup that the host's kernel has killed
+// because memory ran out, there or on the whole host.
+func (g *Group) OOMKills() int {
+	for _, h := range g.hierarchies {
+		name := "memory.oom_control" // version 1
+		if h.v2 {
+			name = "memory.events"
+		}
+		data, err := os.ReadFile(filepath.Join(h.mountpoint, g.path, name))
+		if err != nil {
+			continue // another controller's hierarchy
+		}
+		for line := range strings.Lines(string(data)) {
+			if n, ok := strings.CutPrefix(strings.TrimSpace(line), "oom_kill "); ok {
+				count, _ := strconv.Atoi(n)
+				return count
+			}
+		}
+	}
+	return 0
+}
+
 // Join moves a process into an existing cgroup, in every hierarchy.
 func Join(cgroupsPath string) error {
 	g, err := New(cgroupsPath)

@@ -143,3 +143,28 @@ func TestOwnedAndRemove(t *testing.T) {
 		t.Error("removed something else than the made parent")
 	}
 }
+
+func TestOOMKills(t *testing.T) {
+	for _, test := range []struct {
+		v2            bool
+		name, content string
+		want          int
+	}{
+		{true, "memory.events", "low 0\noom 7\noom_kill 3\noom_group_kill 5\n", 3},
+		{false, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n", 2},
+		{true, "memory.oom_control", "oom_kill 2\n", 0},
+		{false, "memory.oom_control", "garbage", 0},
+	} {
+		root := t.TempDir()
+		if err := os.Mkdir(filepath.Join(root, "c1"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, "c1", test.name), []byte(test.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		g := &Group{path: "/c1", hierarchies: []hierarchy{{mountpoint: "/nonexistent"}, {mountpoint: root, v2: test.v2}}}
+		if n := g.OOMKills(); n != test.want {
+			t.Errorf("%+v: %d", test, n)
+		}
+	}
+}

@@ -126,7 +126,7 @@ func (t *Tree) Add(id string, rootfs Rootfs, mounts []guestspec.Mount) (err erro
 	}
 	for n, m := range mounts {
 		if err := t.addMount(c, filepath.Join(id, guestspec.MountsName, strconv.Itoa(n)), m); err != nil {
-			return fmt.Errorf("mount %s: %w", m.Source, err)
+			return fmt.Errorf("mount %s on %s: %w", m.Source, m.Destination, err)
 		}
 	}
 	return nil
