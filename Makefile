@@ -87,10 +87,11 @@ fuzz: ## run every fuzz target for FUZZTIME (10s)
 	hack/fuzz.sh $(FUZZTIME)
 
 .PHONY: bench
-bench: guest tools images ## measure beside QEMU and runc, print a table and keep it as JSON below bench/
+bench: guest tools images ## measure beside QEMU and runc, print tables and keep them below bench/
+	@mkdir -p bench
+	CGO_ENABLED=0 go test -run '^$$' -bench . -benchmem ./pkg/vmm/virtio ./pkg/vmm/virtio/blk ./pkg/vmm/virtio/vsock | tee bench/devices.txt
 	$(GO_BUILD) -o bin/bench ./test/bench
-	mkdir -p bench
-	$(TESTBED) --out $(CURDIR)/bench --timeout 3600 -- bin/bench -out bench/$$(date -u +%Y%m%dT%H%M%SZ).json
+	$(TESTBED) --out $(CURDIR)/bench --timeout 3600 -- bin/bench -out $(CURDIR)/bench/results.json
 
 .PHONY: demo
 demo: ## run a container in a virtual machine, from nothing
