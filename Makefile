@@ -78,9 +78,7 @@ test-guest: guest ## tests of the VMM that boot the guest kernel, where KVM can
 
 .PHONY: e2e
 e2e: guest tools images ## black-box tests with containerd and ctr, where KVM can boot the guest kernel
-	$(GO_BUILD) -o bin/fsconformance ./test/fsconformance
-	E2E_RUNTIME=$(E2E_RUNTIME) CGO_ENABLED=0 go test -v -count=1 -tags e2e -run '$(RUN)' -p 1 -timeout 60m \
-		-exec '$(TESTBED) --timeout 3600 --' ./test/e2e/...
+	E2E_RUNTIME=$(E2E_RUNTIME) hack/e2e.sh '$(RUN)'
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (10s)
