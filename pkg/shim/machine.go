@@ -161,7 +161,8 @@ func (l *machineLogs) describe(err error) error {
 	if lines := l.vmm.last(4); len(lines) > 0 {
 		parts = append(parts, "the VMM's last words: "+strings.Join(lines, " | "))
 	}
-	if lines := l.console.last(8); len(lines) > 0 {
+	// A panic's first line is what matters, and a call trace follows it.
+	if lines := l.console.last(24); len(lines) > 0 {
 		parts = append(parts, "the guest console's last lines: "+strings.Join(lines, " | "))
 	} else {
 		parts = append(parts, "the guest wrote nothing to its console")
