@@ -72,13 +72,17 @@ func runByHand(log *slog.Logger, args []string) error {
 		}
 	}
 	var silent []*os.File
-	machine, err := assemble(config, files, log, hooks{
+	var machine *machine
+	machine, err = assemble(config, files, log, hooks{
 		phase: phase,
 		// The agent finds somebody to connect to, who says nothing.
 		accept: func(port uint32) (*os.File, error) {
 			ours, theirs, err := control.Socketpair()
 			silent = append(silent, theirs)
 			phase(fmt.Sprintf("guest connects to port %d", port))
+			if stats, err := machine.stats(); err == nil && *phases {
+				fmt.Fprintf(os.Stderr, "%13s exits to the VMM so far: %v\n", "", stats.Exits)
+			}
 			return ours, err
 		},
 		running: func() {},
@@ -88,15 +92,6 @@ func runByHand(log *slog.Logger, args []string) error {
 	}
 	exit := machine.run()
 	fmt.Fprintf(os.Stderr, "machine ended: %s\n", exit)
-	if *phases {
-		stats, err := machine.stats()
-		if err != nil {
-			return err
-		}
-		for reason, n := range stats.Exits {
-			fmt.Fprintf(os.Stderr, "%10d exits  %s\n", n, reason)
-		}
-	}
 	if exit.Reason != control.ReasonPowerOff {
 		os.Exit(2)
 	}

@@ -151,7 +151,7 @@ func commandLine(c control.Config) string {
 		"random.trust_cpu=on",
 		// There is no firmware, no interrupt controller before the APIC and one
 		// PCI bus: nothing to probe for.
-		"no_timer_check", "pci=lastbus=0",
+		"no_timer_check", "pci=lastbus=0,noearly",
 	}
 	if c.DebugConsole {
 		parameters = slices.DeleteFunc(parameters, func(p string) bool { return p == "quiet" })

@@ -81,6 +81,16 @@ func (m *Memory) Regions() []Region {
 // gives an empty slice for any address (virtio 1.2, 2.7.4.2 lets a driver pass
 // empty buffers).
 func (m *Memory) Slice(addr GuestAddress, length uint64) ([]byte, error) {
+	return m.slice(addr, length, true)
+}
+
+// ReadSlice is Slice for bytes that are only read: the range may lie in a
+// read-only region, where a store through the slice would fault.
+func (m *Memory) ReadSlice(addr GuestAddress, length uint64) ([]byte, error) {
+	return m.slice(addr, length, false)
+}
+
+func (m *Memory) slice(addr GuestAddress, length uint64, writable bool) ([]byte, error) {
 	if length == 0 {
 		return nil, nil
 	}
@@ -89,7 +99,7 @@ func (m *Memory) Slice(addr GuestAddress, length uint64) ([]byte, error) {
 			continue
 		}
 		off := uint64(addr - r.Start)
-		if r.ReadOnly || length > uint64(len(r.Bytes))-off {
+		if r.ReadOnly && writable || length > uint64(len(r.Bytes))-off {
 			break
 		}
 		return r.Bytes[off : off+length : off+length], nil

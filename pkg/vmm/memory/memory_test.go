@@ -41,6 +41,12 @@ func TestSlice(t *testing.T) {
 			}
 		})
 	}
+	if b, err := m.ReadSlice(0x20000, 16); err != nil || len(b) != 16 {
+		t.Errorf("ReadSlice of a read-only region: %d bytes, %v", len(b), err)
+	}
+	if _, err := m.ReadSlice(0x20000, 17); !errors.Is(err, ErrOutOfRange) {
+		t.Errorf("ReadSlice past the end of a read-only region: %v", err)
+	}
 }
 
 func TestAddRefuses(t *testing.T) {

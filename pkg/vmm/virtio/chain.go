@@ -119,7 +119,11 @@ func (c *Chain) parse() error {
 		if seen++; seen > int(q.size) {
 			return fmt.Errorf("longer than the queue's %d descriptors", q.size)
 		}
-		b, err := q.mem.Slice(d.addr, uint64(d.len))
+		slice := q.mem.ReadSlice // a guest may send from its read-only pmem
+		if d.flags&descWrite != 0 {
+			slice = q.mem.Slice
+		}
+		b, err := slice(d.addr, uint64(d.len))
 		if err != nil {
 			return fmt.Errorf("buffer: %w", err)
 		}

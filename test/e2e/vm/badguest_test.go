@@ -62,7 +62,7 @@ func TestGuestDoesNotStart(t *testing.T) {
 		},
 		{
 			name:   "kernel waits for a device that does not come",
-			config: key("kernel_params", "root=/dev/nothing rootwait") + key("boot_timeout", "30s"),
+			config: key("kernel_params", "root=/dev/nothing rootwait loglevel=7") + key("boot_timeout", "30s"),
 			words:  []string{"did not start within", "Waiting for root device /dev/nothing"},
 		},
 	} {
