@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source=tools/lib.sh
 . "$(dirname "$0")/tools/lib.sh"
 
-# One test takes a second or two; a machine that hangs is ended by this.
+# All tests take two or three minutes on an idle machine; one that hangs is ended by this.
 LIMIT=1800
 
 packages busybox-static e2fsprogs erofs-utils gcc libc6-dev libseccomp-dev pkg-config qemu-system-x86

@@ -26,6 +26,10 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
 )
 
+// waitTimeout is for what takes a moment. The machine is emulated, and the host
+// may be busy.
+const waitTimeout = 5 * time.Minute
+
 // sandbox is an agent with a client, as the shim is one.
 type sandbox struct {
 	t       *testing.T
@@ -154,7 +158,7 @@ func (p *testProcess) awaitOut(want string) {
 
 func (s *sandbox) eventually(what string, cond func() bool) {
 	s.t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); !cond(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(waitTimeout); !cond(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			s.t.Fatalf("did not happen: %s", what)
 		}
@@ -196,11 +200,11 @@ func (p *testProcess) start() {
 // wait returns the exit status when the process has ended and its streams have.
 func (p *testProcess) wait() uint32 {
 	p.s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 120*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), waitTimeout)
 	defer cancel()
 	r, err := p.s.client.WaitProcess(ctx, p.ref)
 	if err != nil {
-		p.s.t.Fatalf("wait: %v; stdout %q", err, p.out())
+		p.s.t.Fatalf("wait: %v; stdout %d bytes, last of them %q", err, len(p.out()), lastOf(p.out()))
 	}
 	p.wg.Wait()
 	return r.ExitStatus
@@ -362,4 +366,9 @@ func writeAll(t *testing.T, w io.Writer, text string) {
 	if _, err := io.WriteString(w, text); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// lastOf keeps a lot of output off the console, which is slow.
+func lastOf(output string) string {
+	return output[max(0, len(output)-200):]
 }

@@ -337,10 +337,10 @@ func TestTerminal(t *testing.T) {
 // TestTerminalOutput: also a terminal's last output arrives.
 func TestTerminalOutput(t *testing.T) {
 	s := newSandbox(t)
-	spec := testSpec(t, "yes 0123456 | head -c 1048576; echo last")
+	spec := testSpec(t, "yes 0123456 | head -c 262144; echo last")
 	spec.Process.Terminal = true
 	stdout, _, _ := s.output("c", spec)
-	if want := 1048576*9/8 + len("last\r\n"); len(stdout) != want || !strings.HasSuffix(stdout, "last\r\n") {
+	if want := 262144*9/8 + len("last\r\n"); len(stdout) != want || !strings.HasSuffix(stdout, "last\r\n") {
 		t.Errorf("%d bytes, want %d", len(stdout), want)
 	}
 }
