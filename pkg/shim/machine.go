@@ -155,14 +155,17 @@ func openLogs(debug bool) (_ *machineLogs, console, vmm *os.File, err error) {
 	return l, console, vmm, nil
 }
 
+// describeLines of the console go into an error: of a panic the first line is
+// what matters, and a call trace follows it.
+const describeLines = 24
+
 // describe adds to an error what the guest and the VMM said last.
 func (l *machineLogs) describe(err error) error {
 	var parts []string
 	if lines := l.vmm.last(4); len(lines) > 0 {
 		parts = append(parts, "the VMM's last words: "+strings.Join(lines, " | "))
 	}
-	// A panic's first line is what matters, and a call trace follows it.
-	if lines := l.console.last(24); len(lines) > 0 {
+	if lines := l.console.last(describeLines); len(lines) > 0 {
 		parts = append(parts, "the guest console's last lines: "+strings.Join(lines, " | "))
 	} else {
 		parts = append(parts, "the guest wrote nothing to its console")

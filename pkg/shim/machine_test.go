@@ -83,7 +83,7 @@ func TestLineLog(t *testing.T) {
 		t.Errorf("%d lines kept", len(last))
 	}
 	err := (&machineLogs{console: l, vmm: &lineLog{}}).describe(errors.New("it failed"))
-	if text := err.Error(); !strings.HasPrefix(text, "it failed; ") || strings.Count(text, "more") != 8 {
+	if text := err.Error(); !strings.HasPrefix(text, "it failed; ") || strings.Count(text, "more") != describeLines {
 		t.Errorf("described as %q", text)
 	}
 }
