@@ -9,7 +9,7 @@ cache=$MICROVM_CACHE/testbed
 
 packages qemu-system-x86 qemu-system-common busybox-static kmod cpio zstd util-linux iproute2 >&2
 
-key=$(cat "$here"/{build.sh,init,job.sh} | sha256sum | cut -c1-16)
+key=$(cat "$here"/{build.sh,init,job.sh} "$here"/tsckhz/* | sha256sum | cut -c1-16)
 dir=$cache/machine-$key
 if [ -f "$dir/kernel" ]; then echo "$dir"; exit 0; fi
 lock "$cache/lock"
@@ -44,6 +44,7 @@ new=$(mktemp -d "$cache/new.XXXXXX")
 (cd "$root" && find . | sort | cpio -o -H newc --quiet) | zstd -q -1 >"$new/initramfs"
 mkdir "$new/lib"
 cp -r "$pkg/lib/modules" "$new/lib/"
+(cd "$REPO" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$new/tsckhz" ./hack/testbed/tsckhz)
 cp "$pkg/boot/vmlinuz-$version" "$new/kernel"
 chmod 755 "$new"
 rm -rf "$dir"

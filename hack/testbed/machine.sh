@@ -41,6 +41,7 @@ done
 
 # -la57 and -xsave: QEMU 7.2 does not intercept XSETBV for a nested guest, which makes guest kernels complain about XSAVE.
 # tsc=reliable: under TCG every virtual CPU's TSC is the host's, and the alternative is an HPET whose reads leave the emulator.
+# tsc_early_khz: see tsckhz.
 # no_timer_check: on a busy host the timer check of early boot may see no tick in time.
 # file chardevs with append=on because QEMU would otherwise truncate on open; the pipes' readers wait in hack/testbed/run.
 # Half a minute more than the limit that job.sh keeps: boot, and time to say what hung.
@@ -49,7 +50,7 @@ timeout --signal=KILL $((limit + 30)) qemu-system-x86_64 \
 	-smp "$cpus" -m "$mem" -object "memory-backend-memfd,id=ram,size=${mem}M,share=on" \
 	-nodefaults -no-user-config -display none -no-reboot -monitor none \
 	-kernel "$machine/kernel" -initrd "$machine/initramfs" \
-	-append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off testbed.dir=$dir testbed.out=$out testbed.machine=$machine testbed.limit=$limit" \
+	-append "console=ttyS0 quiet panic=-1 tsc=reliable tsc_early_khz=$("$machine/tsckhz") no_timer_check mitigations=off testbed.dir=$dir testbed.out=$out testbed.machine=$machine testbed.limit=$limit" \
 	-chardev "file,id=console,path=$dir/console.log,append=on" -serial chardev:console \
 	-device virtio-serial-pci -object rng-random,filename=/dev/urandom,id=rng -device virtio-rng-pci,rng=rng \
 	-chardev "file,id=stdout,path=$dir/stdout,append=on" -device virtserialport,chardev=stdout,name=stdout \

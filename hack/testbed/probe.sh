@@ -6,7 +6,7 @@ set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cache=${MICROVM_CACHE:-$HOME/.cache/microvm}/testbed
 vmm=$top/bin/microvm-vmm kernel=$top/bin/vmlinux image=$top/bin/guest.erofs
-limit=20
+limit=10
 
 for f in "$vmm" "$kernel" "$image"; do
 	[ -f "$f" ] || { echo "cannot try this host's KVM: there is no ${f#"$top"/}"; exit 1; }
