@@ -262,6 +262,7 @@ func TestBadNames(t *testing.T) {
 	s := newShare(t)
 	e, _ := s.mustCreate(t, root, "file", "contents")
 	writeFile(t, s.path("..", "outside"), "secret")
+	t.Cleanup(func() { os.Remove(s.path("..", "outside")) }) // the tests share the directory
 	names := map[string][]byte{
 		"empty":               []byte("\x00"),
 		".":                   []byte(".\x00"),
