@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -23,17 +24,16 @@ import (
 )
 
 const (
-	// deleteTime is less than the five seconds that containerd gives delete.
-	deleteTime = 4800 * time.Millisecond
-	// askTime bounds what a shim that lives is asked to do, endTime how long
-	// it may take to end.
+	// deleteTime is less than the five seconds that containerd gives delete,
+	// the program's own start included.
+	deleteTime = 4 * time.Second
+	// askTime bounds what a shim that lives is asked to do.
 	askTime = 2 * time.Second
-	endTime = 4500 * time.Millisecond
 )
 
 // delete removes a container whose shim containerd has lost, and the sandbox
 // with the last one. It answers with the container's exit.
-func (p *Program) delete(in bootstrap.Invocation, stdout io.Writer) error {
+func (p *Program) delete(in bootstrap.Invocation, stdout, stderr io.Writer) error {
 	bundle := in.Bundle
 	if bundle == "" {
 		var err error
@@ -44,9 +44,14 @@ func (p *Program) delete(in bootstrap.Invocation, stdout io.Writer) error {
 	ctx, cancel := context.WithTimeout(context.Background(), deleteTime)
 	defer cancel()
 	record, err := p.deleteSandbox(ctx, in, bundle)
+	if errors.Is(err, errEnding) {
+		fmt.Fprintf(stderr, "%v\n", err)
+		err = nil
+	}
 	if err != nil {
 		return err
 	}
+	p.deleteOthers(ctx)
 	exit := exitRecord{Pid: uint32(record.VMM.Pid), ExitStatus: statusKilled, ExitedAt: time.Now()}
 	if data, err := os.ReadFile(exitRecordPath(bundle)); err == nil {
 		// An exit that nobody was told of.
@@ -90,20 +95,16 @@ func (p *Program) deleteSandbox(ctx context.Context, in bootstrap.Invocation, bu
 	}
 	lock, err := dir.Lock()
 	if errors.Is(err, state.ErrLocked) {
-		if askToDelete(ctx, record.Socket, in.ID) {
-			return record, nil // it serves others
-		}
-		wait, cancel := context.WithTimeout(ctx, endTime)
-		defer cancel()
-		if lock, err = dir.LockWait(wait); errors.Is(err, state.ErrLocked) {
-			// It hangs. The VMM ends with it.
-			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-			defer cancel()
-			if err := record.Shim.Kill(last); err != nil {
+		switch askToDelete(ctx, record.Socket, in.ID) {
+		case shimServes:
+			return record, nil // others
+		case shimHangs:
+			// The VMM ends with it.
+			if err := record.Shim.Kill(ctx); err != nil {
 				return record, err
 			}
-			lock, err = dir.LockWait(last)
 		}
+		lock, err = dir.LockWait(ctx)
 	}
 	if err == nil {
 		defer lock.Close()
@@ -111,20 +112,36 @@ func (p *Program) deleteSandbox(ctx context.Context, in bootstrap.Invocation, bu
 	if held.Gone() {
 		return record, nil // it has ended in order meanwhile
 	}
+	if errors.Is(err, state.ErrLocked) {
+		return record, fmt.Errorf("sandbox %s: %w", dir.Path, errEnding)
+	}
 	if err != nil {
 		return record, err
 	}
 	return record, errors.Join(cleanUp(ctx, dir), dir.Remove())
 }
 
-// askToDelete has a shim that lives kill and delete a container, and end if it
-// was the last one. It says whether the shim goes on serving.
-func askToDelete(ctx context.Context, socket, id string) bool {
+// errEnding is about a shim that needs more time than there is, to clean up
+// after itself.
+var errEnding = errors.New("its shim is still shutting down")
+
+// What a shim that lives does.
+type shimState int
+
+const (
+	shimServes shimState = iota
+	shimEnds
+	shimHangs
+)
+
+// askToDelete has a shim kill and delete a container, and end if it was the
+// last one.
+func askToDelete(ctx context.Context, socket, id string) shimState {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
-		return false
+		return shimEnds // it takes its socket away first
 	}
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
@@ -137,15 +154,45 @@ func askToDelete(ctx context.Context, socket, id string) bool {
 	task.Delete(ctx, &taskapi.DeleteRequest{ID: id})
 	task.Shutdown(ctx, &taskapi.ShutdownRequest{ID: id})
 	if ctx.Err() != nil {
-		return false
+		return shimHangs
 	}
-	// A shim that ends takes its socket away first.
 	second, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
-		return false
+		return shimEnds
 	}
 	second.Close()
-	return true
+	return shimServes
+}
+
+// deleteOthers cleans up after sandboxes whose own delete did not get to the
+// end, because it was killed or the VMM took too long to go. What fails here
+// is left to the next one.
+func (p *Program) deleteOthers(ctx context.Context) {
+	dirs, err := filepath.Glob(filepath.Join(p.stateRoot, "*", "*"))
+	if err != nil {
+		return
+	}
+	for _, path := range dirs {
+		deleteIfDead(ctx, state.Dir{Path: path})
+	}
+}
+
+func deleteIfDead(ctx context.Context, dir state.Dir) {
+	brief, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	held, err := dir.Hold(brief)
+	if err != nil {
+		return // it is just being started or deleted
+	}
+	defer held.Release()
+	lock, err := dir.Lock()
+	if err != nil {
+		return // it lives
+	}
+	defer lock.Close()
+	if cleanUp(ctx, dir) == nil {
+		dir.Remove()
+	}
 }
 
 // cleanUp removes what a shim that is gone has left outside of its directory.

@@ -56,7 +56,7 @@ func (p *Program) Run(args []string, stdin io.Reader, stdout, stderr io.Writer) 
 		case bootstrap.ActionStart:
 			err = p.start(in, stdout)
 		case bootstrap.ActionDelete:
-			err = p.delete(in, stdout)
+			err = p.delete(in, stdout, stderr)
 		case bootstrap.ActionServe:
 			err = p.serve(in, stdin)
 		}

@@ -390,6 +390,29 @@ func TestStartAfterKill(t *testing.T) {
 	n.delete("c1", bundle)
 }
 
+// What a delete has left, because it was killed, the next one removes, of
+// whichever container.
+func TestDeleteOfOthers(t *testing.T) {
+	n := newNode(t)
+	dead := n.bundle("c1", nil)
+	task := taskv3.NewTTRPCTaskClient(dial(t, n.start("c1", dead)))
+	run(t, task, "c1", dead)
+	n.killShim()
+	bundle := n.bundle("c2", nil)
+	task = taskv3.NewTTRPCTaskClient(dial(t, n.start("c2", bundle)))
+	run(t, task, "c2", bundle)
+	third := n.bundle("c3", nil)
+	n.start("c3", third)
+	n.delete("c3", third)
+	if _, err := os.Stat(n.root + "/ns/c1"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the dead sandbox is left: %v", err)
+	}
+	if r, err := task.State(context.Background(), &taskv3.StateRequest{ID: "c2"}); err != nil || r.Status.String() != "RUNNING" {
+		t.Errorf("the one that lives: %v, %v", r, err)
+	}
+	n.delete("c2", bundle)
+}
+
 // A shim that does not answer is killed in the end.
 func TestDeleteOfAShimThatHangs(t *testing.T) {
 	n := newNode(t)

@@ -23,13 +23,13 @@ import (
 )
 
 const (
-	// powerOff bounds an orderly end of the machine; killed, the time until
-	// the kernel has taken a killed VMM away. Together they fit into the five
-	// seconds that containerd gives `delete`, which waits for both.
+	// powerOff bounds an orderly end of the machine. Callers wait for it.
 	powerOff = 2 * time.Second
-	killed   = 2 * time.Second
+	// killed bounds the time until the kernel has taken a killed VMM away,
+	// which takes long only on a host that is busy with something else.
+	killed = time.Minute
 	// lastWords is how long the end of the machine may come after the loss of
-	// its agent.
+	// its agent, or be awaited before the end of its processes is told.
 	lastWords = 3 * time.Second
 
 	statusKilled = 128 + 9
@@ -105,8 +105,8 @@ type sandboxConfig struct {
 	onOOM       func(containerID string)
 }
 
-// start boots the machine and waits for its agent. On an error nothing of the
-// machine is left.
+// start boots the machine and waits for its agent. On an error the caller has
+// to stop the sandbox.
 func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	conf, err := s.host.config()
 	if err != nil {
@@ -121,12 +121,6 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 			return err
 		}
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.kill())
-			s.leaveCgroup()
-		}
-	}()
 	ctx, cancel := context.WithTimeoutCause(ctx, conf.BootTimeout,
 		fmt.Errorf("the guest did not start within %v (configuration key boot_timeout)", conf.BootTimeout))
 	defer cancel()
@@ -189,6 +183,14 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, l limits) error
 
 // bootError says what has become of a machine whose agent did not come.
 func (s *sandbox) bootError(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		// The connection is lost, or does not come: the end of the machine, if
+		// it is that, is about to be seen.
+		select {
+		case <-s.vm.Done():
+		case <-time.After(lastWords):
+		}
+	}
 	select {
 	case <-s.vm.Done():
 		s.logs.console.wait(time.Second)
@@ -264,7 +266,7 @@ func (s *sandbox) monitor(placed *placement) {
 				end = fmt.Errorf("%w: the host's kernel has killed the VMM because memory ran out (the pod's, or the host's)", end)
 			}
 		}
-	case <-time.After(lastWords + killed):
+	case <-time.After(2 * lastWords):
 	}
 	s.mu.Lock()
 	s.end, s.status = end, status
