@@ -2,6 +2,7 @@ package passthrough
 
 import (
 	"encoding/binary"
+	"os"
 	"strings"
 	"testing"
 
