@@ -43,7 +43,7 @@ const (
 
 	// dialTimeout is how long the guest may take to answer a Dial. Its kernel
 	// answers on its own, without the program that listens.
-	dialTimeout = 10 * time.Second
+	dialTimeout = 30 * time.Second
 
 	// shutdownTimeout is how long the guest may take to confirm that a
 	// connection which the host closed is gone: Linux's VSOCK_CLOSE_TIMEOUT.
