@@ -247,7 +247,7 @@ func TestBootstrapGeneration(t *testing.T) {
 	if _, err := task.Delete(ctx, &taskv3.DeleteRequest{ID: "c1"}); err != nil {
 		t.Error(err)
 	}
-	if _, err := task.Shutdown(ctx, &taskv3.ShutdownRequest{ID: "c1"}); err != nil {
+	if _, err := task.Shutdown(ctx, &taskv3.ShutdownRequest{ID: "c1"}); err != nil && !errors.Is(err, ttrpc.ErrClosed) {
 		t.Error(err)
 	}
 	client.Close()
@@ -285,7 +285,8 @@ func TestLegacyGeneration(t *testing.T) {
 	if _, err := task.Delete(ctx, &taskv2.DeleteRequest{ID: "c1"}); err != nil {
 		t.Error(err)
 	}
-	if _, err := task.Shutdown(ctx, &taskv2.ShutdownRequest{ID: "c1"}); err != nil {
+	// containerd does not mind that either.
+	if _, err := task.Shutdown(ctx, &taskv2.ShutdownRequest{ID: "c1"}); err != nil && !errors.Is(err, ttrpc.ErrClosed) {
 		t.Error(err)
 	}
 	n.delete("c1", bundle)

@@ -61,7 +61,8 @@ type daemon struct {
 	server    *ttrpc.Server
 	service   *service
 	publisher *events.Publisher
-	shutdown  chan struct{}
+	shutdown  chan struct{} // closed by closeDoor
+	closing   sync.Once
 
 	mu     sync.Mutex
 	record state.Record
@@ -114,7 +115,7 @@ func (p *Program) newDaemon(in bootstrap.Invocation, stdin io.Reader) (*daemon, 
 	if err != nil {
 		return nil, err
 	}
-	d.service = newService(in.Namespace, h, d.publisher.Publish, sync.OnceFunc(func() { close(d.shutdown) }))
+	d.service = newService(in.Namespace, h, d.publisher.Publish, d.closeDoor)
 	register(d.server, d.service)
 	return d, nil
 }
@@ -134,26 +135,35 @@ func (d *daemon) run() error {
 	case s := <-signals:
 		log.L.Warnf("shutting down: %v", s)
 	case err = <-served:
-		log.L.WithError(err).Error("shutting down: the server has ended")
+		log.L.WithError(err).Info("shutting down: nothing is accepted any more")
+		if errors.Is(err, net.ErrClosed) {
+			err = nil // by closeDoor
+		}
 	}
 	return errors.Join(err, d.end())
 }
 
+// closeDoor ends the service for those who are not connected. Whoever got the
+// answer to Shutdown can tell by the socket that the shim is ending.
+func (d *daemon) closeDoor() {
+	d.closing.Do(func() {
+		os.Remove(d.settings.Socket)
+		d.listener.Close()
+		close(d.shutdown)
+	})
+}
+
 // end leaves nothing behind. New calls of start wait for it.
 func (d *daemon) end() error {
-	os.Remove(d.settings.Socket)
-	answered := make(chan struct{})
-	go func() {
-		defer close(answered)
-		ctx, cancel := context.WithTimeout(context.Background(), lastAnswers)
-		defer cancel()
-		d.server.Shutdown(ctx)
-	}()
-	var errs []error
-	errs = append(errs, d.service.stop())
-	<-answered
-	d.server.Close()
+	d.closeDoor()
+	errs := []error{d.service.stop()}
+	// Not sooner: ttrpc takes a connection for idle while the answer to
+	// Shutdown is on its way.
 	ctx, cancel := context.WithTimeout(context.Background(), lastAnswers)
+	defer cancel()
+	d.server.Shutdown(ctx)
+	d.server.Close()
+	ctx, cancel = context.WithTimeout(context.Background(), lastAnswers)
 	defer cancel()
 	d.publisher.Close(ctx)
 	// A caller of start may have come meanwhile; from here on it is on its
