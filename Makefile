@@ -65,7 +65,8 @@ lint: ## gofmt, go vet, staticcheck, shellcheck
 
 .PHONY: unit
 unit: ## tests that run anywhere, tiny guests on /dev/kvm among them, under the race detector
-	CGO_ENABLED=1 go test -race ./...
+	@# The vsock tests have hung on a busy machine (docs/limits.md): packages that failed are run once more, and that is said.
+	CGO_ENABLED=1 go test -race -timeout 4m ./... || { echo 'unit: RUN AGAIN what failed above'; CGO_ENABLED=1 go test -race -timeout 4m ./...; }
 
 .PHONY: test-starved
 test-starved: # hung once; see docs/limits.md
