@@ -261,10 +261,7 @@ func (c *container) delete(ctx context.Context) error {
 	if err := c.sandbox.tree.Remove(c.id); err != nil {
 		log.L.WithError(err).Errorf("container %s: its mounts are left until the sandbox ends", c.id)
 	}
-	c.hookState.Status = specs.StateStopped
-	if err := runHooks(ctx, "poststop", c.hooks.Poststop, c.hookState); err != nil {
-		log.L.WithError(err).Warnf("container %s", c.id)
-	}
+	runPoststop(ctx, c.hooks.Poststop, c.hookState)
 	c.publish(&eventsapi.TaskDelete{
 		ContainerID: c.id,
 		Pid:         c.sandboxPid,

@@ -178,6 +178,11 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 		Version: rewritten.Spec.Version, ID: c.id, Status: specs.StateCreating, Pid: int(c.sandboxPid),
 		Bundle: c.bundle, Annotations: rewritten.Spec.Annotations,
 	}
+	defer func() {
+		if err != nil {
+			runPoststop(ctx, c.hooks.Poststop, c.hookState)
+		}
+	}()
 	//lint:ignore SA1019 deprecated, but in use
 	prestart := c.hooks.Prestart
 	err = runHooks(ctx, "prestart", prestart, c.hookState)
@@ -213,7 +218,6 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 	}
 	connections.copy(streams)
 	c.init = newProcess(c, "", config, streams)
-	c.hookState.Status = specs.StateCreated
 	s.publish(&eventsapi.TaskCreate{
 		ContainerID: c.id,
 		Bundle:      c.bundle,

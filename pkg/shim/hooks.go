@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"time"
 
+	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/printable"
@@ -33,6 +34,18 @@ func runHooks(ctx context.Context, kind string, hooks []specs.Hook, state specs.
 		}
 	}
 	return nil
+}
+
+// runPoststop runs all of the hooks for the end of a container. It does so
+// whatever becomes of the caller: they undo what the first hooks did.
+func runPoststop(ctx context.Context, hooks []specs.Hook, state specs.State) {
+	ctx = context.WithoutCancel(ctx)
+	state.Status = specs.StateStopped
+	for _, h := range hooks {
+		if err := runHooks(ctx, "poststop", []specs.Hook{h}, state); err != nil {
+			log.L.WithError(err).Warnf("container %s", state.ID)
+		}
+	}
 }
 
 func runHook(ctx context.Context, h specs.Hook, input []byte) error {

@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -96,9 +97,10 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		return nil, err
 	}
 	if r.GetExecID() == "" {
-		c.hookState.Status = specs.StateRunning
-		if err := runHooks(ctx, "poststart", c.hooks.Poststart, c.hookState); err != nil {
-			return nil, err
+		state := c.hookState
+		state.Status = specs.StateRunning
+		if err := runHooks(ctx, "poststart", c.hooks.Poststart, state); err != nil {
+			return nil, errors.Join(err, p.kill(context.WithoutCancel(ctx), sigkill, false))
 		}
 	}
 	return &taskapi.StartResponse{Pid: p.pid()}, nil

@@ -471,3 +471,40 @@ func TestHooks(t *testing.T) {
 		t.Errorf("%q, %v", data, err)
 	}
 }
+
+// What hooks have set up is undone when the container does not come, or is
+// stopped by one of them.
+func TestFailingHooks(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "hooks")
+	shell := func(script string) []specs.Hook {
+		return []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", script}}}
+	}
+	undo := append(shell("exit 1"), shell("echo undone >> "+file)...)
+	for _, hooks := range []*specs.Hooks{
+		{CreateRuntime: shell("exit 1"), Poststop: undo},
+		{Poststart: shell("exit 1"), Poststop: undo},
+	} {
+		f := newFixture(t)
+		bundle := f.bundle(func(s *specs.Spec) { s.Hooks = hooks }, "sleep")
+		_, err := f.Create(context.Background(), &taskapi.CreateTaskRequest{ID: "c1", Bundle: bundle})
+		if hooks.Poststart != nil {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err = f.Start(context.Background(), &taskapi.StartRequest{ID: "c1"}); err == nil {
+				t.Error("started although its hook failed")
+			}
+			if code := f.wait("c1", ""); code != 137 {
+				t.Errorf("ended with %d", code)
+			}
+			if err := f.delete("c1", ""); err != nil {
+				t.Error(err)
+			}
+		} else if err == nil {
+			t.Error("created although its hook failed")
+		}
+	}
+	if data, err := os.ReadFile(file); err != nil || string(data) != "undone\nundone\n" {
+		t.Errorf("%q, %v", data, err)
+	}
+}
