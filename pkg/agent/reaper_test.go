@@ -1,3 +1,8 @@
+//go:build !agentkernel
+
+// Not among the tests in a machine of their own: there a reaper is at work, and
+// there is no shell.
+
 package agent
 
 import (
