@@ -57,7 +57,7 @@ guest: build kernel image # what a virtual machine consists of
 test: lint unit e2e-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
 
 .PHONY: test-all
-test-all: lint unit test-starved privileged test-agent test-guest e2e ## every test there is: hours in the test bed
+test-all: lint unit privileged test-agent test-guest e2e ## every test there is: hours in the test bed
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck, shellcheck
@@ -65,16 +65,11 @@ lint: ## gofmt, go vet, staticcheck, shellcheck
 
 .PHONY: unit
 unit: ## tests that run anywhere, tiny guests on /dev/kvm among them, under the race detector
-	@# The vsock tests have hung on a busy machine (docs/limits.md): packages that failed are run once more, and that is said.
-	CGO_ENABLED=1 go test -race -timeout 4m ./... || { echo 'unit: RUN AGAIN what failed above'; CGO_ENABLED=1 go test -race -timeout 4m ./...; }
-
-.PHONY: test-starved
-test-starved: # hung once; see docs/limits.md
-	go test -count=1 -tags starved -run TestRXStarved ./pkg/vmm/virtio/vsock
+	CGO_ENABLED=1 go test -race -timeout 6m ./...
 
 .PHONY: privileged
 privileged: ## tests that mount and make cgroups on this host: they need root
-	go test -count=1 -tags privileged ./pkg/shim/...
+	go test -count=1 -tags privileged ./pkg/shim/... ./pkg/vmm/virtio/fs/passthrough
 
 .PHONY: test-agent
 test-agent: kernel ## the agent's tests, as the first process of a machine under QEMU's emulation
@@ -82,7 +77,8 @@ test-agent: kernel ## the agent's tests, as the first process of a machine under
 
 .PHONY: test-guest
 test-guest: guest ## tests of the VMM that boot the guest kernel, where KVM can
-	CGO_ENABLED=0 go test -v -count=1 -tags guestkernel -run '$(RUN)' -timeout 20m -exec '$(TESTBED) --timeout 1200 --' ./pkg/vmm
+	CGO_ENABLED=0 go build -o bin/fsconformance ./test/fsconformance
+	CGO_ENABLED=0 go test -v -count=1 -p 1 -tags guestkernel -run '$(RUN)' -timeout 20m -exec '$(TESTBED) --timeout 1200 --' ./pkg/vmm ./pkg/vmm/virtio/fs
 
 .PHONY: e2e
 e2e: guest tools images ## black-box tests with containerd and ctr, where KVM can boot the guest kernel

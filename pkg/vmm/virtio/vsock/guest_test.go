@@ -32,6 +32,7 @@ type ring struct {
 	kick      *eventfd.EventFD
 	interrupt chan struct{}
 	lastUsed  uint16
+	pushing   sync.Mutex // one driver writes the available ring at a time
 }
 
 func newRing(t testing.TB, m *virtiotest.Memory, size uint16) *ring {
@@ -56,8 +57,11 @@ func newRing(t testing.TB, m *virtiotest.Memory, size uint16) *ring {
 	return r
 }
 
-// push makes head available and kicks the device if it wants that.
+// push makes head available and kicks the device if it wants that. It may be
+// called from any goroutine.
 func (r *ring) push(head uint16) {
+	r.pushing.Lock()
+	defer r.pushing.Unlock()
 	old := r.AvailIdx()
 	r.Push(head)
 	if old == r.AvailEvent() {
@@ -518,6 +522,9 @@ func (g *guest) packet() header {
 	select {
 	case h := <-g.packets:
 		return h
+	case err := <-g.failed:
+		g.t.Fatalf("the device says the driver broke the ring: %v", err)
+		return header{}
 	case <-time.After(hangs):
 		g.t.Fatal("no packet arrived")
 		return header{}
