@@ -2,7 +2,7 @@
 // say. It is what pjdfstest is, with what containers use besides: locks, xattrs,
 // ACLs, rename flags, O_TMPFILE, holes and mappings.
 //
-//	fsconformance [-run regexp] [-no-skip] directory
+//	fsconformance [-run regexp] [-omit regexp] [-no-skip] directory
 //
 // It makes a directory of its own in the one given, and removes it. Each check
 // is a line: "PASS name", "FAIL name: why", or "SKIP name: why" where the file
@@ -33,14 +33,18 @@ func init() {
 
 func main() {
 	run := flag.String("run", "", "run only the checks whose name matches this `regexp`")
+	omit := flag.String("omit", "^$", "do not run the checks whose name matches this `regexp`")
 	noSkip := flag.Bool("no-skip", false, "fail if a check is skipped")
 	flag.Parse()
-	pattern, err := regexp.Compile(*run)
-	if flag.NArg() != 1 || err != nil {
-		fmt.Fprintln(os.Stderr, "usage: fsconformance [-run regexp] [-no-skip] directory", errText(err))
+	wanted, err1 := regexp.Compile(*run)
+	unwanted, err2 := regexp.Compile(*omit)
+	if err := errors.Join(err1, err2); flag.NArg() != 1 || err != nil {
+		fmt.Fprintln(os.Stderr, "usage: fsconformance [-run regexp] [-omit regexp] [-no-skip] directory", errText(err))
 		os.Exit(2)
 	}
-	sum, err := runAll(os.Stdout, flag.Arg(0), pattern)
+	sum, err := runAll(os.Stdout, flag.Arg(0), func(name string) bool {
+		return wanted.MatchString(name) && !unwanted.MatchString(name)
+	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "fsconformance:", err)
 		os.Exit(2)
@@ -66,8 +70,9 @@ type check struct {
 
 type summary struct{ passed, failed, skipped int }
 
-// runAll runs the checks whose name matches, each in a directory of its own.
-func runAll(out io.Writer, dir string, pattern *regexp.Regexp) (summary, error) {
+// runAll runs the checks that are wanted, by name, each in a directory of its
+// own.
+func runAll(out io.Writer, dir string, wanted func(name string) bool) (summary, error) {
 	var sum summary
 	base, err := os.MkdirTemp(dir, "fsconformance")
 	if err != nil {
@@ -80,7 +85,7 @@ func runAll(out io.Writer, dir string, pattern *regexp.Regexp) (summary, error) 
 	}
 	unix.Umask(0)
 	for i, c := range allChecks() {
-		if !pattern.MatchString(c.name) {
+		if !wanted(c.name) {
 			continue
 		}
 		t := &T{dir: filepath.Join(base, fmt.Sprint(i))}

@@ -2,28 +2,17 @@ package passthrough
 
 import "golang.org/x/sys/unix"
 
-func closeAll(fds []int) {
-	for _, fd := range fds {
-		closeFD(fd)
-	}
-}
-
-// surplus takes descriptors that nobody uses from their nodes: those above the
-// limit, and extra more. The caller closes them without mu, which is held.
-func (t *inodeTable) surplus(extra int) (victims []int) {
-	limit := t.maxOpen - extra
+// trim takes descriptors that nobody uses from their nodes until no more than
+// limit are open. mu is held.
+func (t *inodeTable) trim(limit int) {
 	for t.open > limit && t.idle.prev != &t.idle {
 		n := t.victim()
-		t.pin(n) // leaves the list
-		n.pins = 0
-		victims = append(victims, n.fd)
-		n.fd = -1
-		t.open--
+		t.leaveIdle(n)
+		t.take(n)
 		if n.parent == nil {
 			t.kill(n)
 		}
 	}
-	return victims
 }
 
 // victim is the node that was used longest ago, preferably one whose descriptor
@@ -46,10 +35,10 @@ func (t *inodeTable) victim() *inode {
 // It says whether there was one.
 func (t *inodeTable) shrink() bool {
 	t.mu.Lock()
-	victims := t.surplus(t.maxOpen - max(t.open-64, 0))
-	t.mu.Unlock()
-	closeAll(victims)
-	return len(victims) > 0
+	defer t.unlock()
+	open := t.open
+	t.trim(max(open-64, 0))
+	return t.open < open
 }
 
 // makingRoom calls open, again after descriptors were closed if the process has
@@ -130,14 +119,14 @@ func (t *inodeTable) install(n *inode, fd int) unix.Errno {
 	var st unix.Statx_t
 	errno := statFD(fd, &st)
 	t.mu.Lock()
+	defer t.unlock()
 	if errno == 0 && (keyOf(&st) != n.key || uint32(st.Mode)&unix.S_IFMT != n.kind || !sameBirth(birthOf(&st), n.birth)) {
 		errno = unix.ESTALE
 	}
-	victims := []int{fd}
 	if errno == 0 {
-		victims = t.give(n, fd) // may have one by now, from another request
+		t.give(n, fd) // n may have one by now, from another request
+	} else {
+		t.garbage = append(t.garbage, fd)
 	}
-	t.mu.Unlock()
-	closeAll(victims)
 	return errno
 }

@@ -55,6 +55,9 @@ type inodeTable struct {
 	root   *inode
 	idle   inode // list head: descriptors nobody uses, most recently used first
 	open   int   // open descriptors
+	// garbage are descriptors that unlock closes: closing the last descriptor of
+	// a deleted file can take the host long.
+	garbage []int
 }
 
 // newInodeTable makes a table with the root, whose descriptor it takes over.
@@ -87,6 +90,16 @@ func birthOf(st *unix.Statx_t) int64 {
 
 // sameBirth says whether two times of birth can be the same file's.
 func sameBirth(a, b int64) bool { return a == b || a == 0 || b == 0 }
+
+// unlock releases mu and closes the descriptors that were let go of meanwhile.
+func (t *inodeTable) unlock() {
+	garbage := t.garbage
+	t.garbage = nil
+	t.mu.Unlock()
+	for _, fd := range garbage {
+		closeFD(fd)
+	}
+}
 
 // get returns the node with the given id.
 func (t *inodeTable) get(id uint64) (*inode, unix.Errno) {
@@ -134,6 +147,7 @@ func (t *inodeTable) room() unix.Errno {
 func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*inode, unix.Errno) {
 	key, kind, birth := keyOf(st), uint32(st.Mode)&unix.S_IFMT, birthOf(st)
 	t.mu.Lock()
+	defer t.unlock()
 	n := t.byKey[key]
 	if n != nil && n.fd < 0 && (n.kind != kind || !sameBirth(n.birth, birth)) {
 		// Another file with the number of one that is gone.
@@ -142,9 +156,8 @@ func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*in
 	}
 	if n == nil {
 		if len(t.byID) >= t.maxInodes {
-			t.mu.Unlock()
 			if fd >= 0 {
-				closeFD(fd)
+				t.garbage = append(t.garbage, fd)
 			}
 			return nil, unix.ENFILE
 		}
@@ -157,54 +170,60 @@ func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*in
 	n.lookups++
 	n.birth = birth
 	t.place(n, dir, name)
-	victims := t.give(n, fd)
-	t.mu.Unlock()
-	closeAll(victims)
+	t.give(n, fd)
 	return n, 0
 }
 
-// give gives n the descriptor fd, unless it has one or fd is -1, and pins it. It
-// returns descriptors to close. mu is held.
-func (t *inodeTable) give(n *inode, fd int) (victims []int) {
+// give gives n the descriptor fd, unless it has one or fd is -1, and pins it.
+// mu is held.
+func (t *inodeTable) give(n *inode, fd int) {
 	switch {
 	case fd < 0:
-		return nil
 	case n.fd >= 0:
+		t.garbage = append(t.garbage, fd)
 		t.pin(n)
-		return []int{fd}
+	default:
+		n.fd, n.pins = fd, 1
+		t.open++
+		t.trim(t.maxOpen)
 	}
-	n.fd, n.pins = fd, 1
-	t.open++
-	return t.surplus(0)
+}
+
+// take takes its descriptor, which nobody uses, from n. mu is held.
+func (t *inodeTable) take(n *inode) {
+	t.garbage = append(t.garbage, n.fd)
+	n.fd = -1
+	t.open--
 }
 
 // pin keeps n's open descriptor open. mu is held.
 func (t *inodeTable) pin(n *inode) {
 	if n.pins == 0 {
-		n.prev.next, n.next.prev = n.next, n.prev
-		n.prev, n.next = nil, nil
+		t.leaveIdle(n)
 	}
 	n.pins++
+}
+
+// leaveIdle removes n from the list. mu is held.
+func (t *inodeTable) leaveIdle(n *inode) {
+	n.prev.next, n.next.prev = n.next, n.prev
+	n.prev, n.next = nil, nil
 }
 
 // put ends the use of a node that was pinned.
 func (t *inodeTable) put(n *inode) {
 	t.mu.Lock()
+	defer t.unlock()
 	n.pins--
-	var victims []int
-	if n.pins == 0 {
-		if n.removed {
-			victims = append(victims, n.fd)
-			n.fd = -1
-			t.open--
-		} else {
-			n.prev, n.next = &t.idle, t.idle.next
-			n.prev.next, n.next.prev = n, n
-			victims = t.surplus(0)
-		}
+	switch {
+	case n.pins > 0:
+	case n.removed:
+		t.take(n)
+	default:
+		n.prev, n.next = &t.idle, t.idle.next
+		n.prev.next, n.next.prev = n, n
+		t.trim(t.maxOpen)
 	}
-	t.mu.Unlock()
-	closeAll(victims)
 }
 
 // forget takes back count lookups of a node. It says whether the guest had
@@ -214,22 +233,20 @@ func (t *inodeTable) forget(id, count uint64) bool {
 		return true
 	}
 	t.mu.Lock()
+	defer t.unlock()
 	n := t.byID[id]
 	if n == nil || n.lookups == 0 {
-		t.mu.Unlock()
 		return false
 	}
 	known := count <= n.lookups
 	n.lookups -= min(count, n.lookups)
-	victims := t.collect(n)
-	t.mu.Unlock()
-	closeAll(victims)
+	t.collect(n)
 	return known
 }
 
 // collect removes n from the table if nothing needs it, and then its parent
-// likewise. It returns descriptors to close. mu is held.
-func (t *inodeTable) collect(n *inode) (victims []int) {
+// likewise. mu is held.
+func (t *inodeTable) collect(n *inode) {
 	for n != nil && n != t.root && n.lookups == 0 && n.children == 0 && !n.removed {
 		n.removed = true
 		delete(t.byID, n.id)
@@ -237,11 +254,8 @@ func (t *inodeTable) collect(n *inode) (victims []int) {
 			delete(t.byKey, n.key)
 		}
 		if n.fd >= 0 && n.pins == 0 {
-			t.pin(n) // leaves the list
-			n.pins = 0
-			victims = append(victims, n.fd)
-			n.fd = -1
-			t.open--
+			t.leaveIdle(n)
+			t.take(n)
 		}
 		parent := n.parent
 		n.parent, n.name = nil, ""
@@ -250,7 +264,6 @@ func (t *inodeTable) collect(n *inode) (victims []int) {
 		}
 		n = parent
 	}
-	return victims
 }
 
 // kill makes n, which has no descriptor, a node that nothing leads to any more.
@@ -263,7 +276,7 @@ func (t *inodeTable) kill(n *inode) {
 	n.parent, n.name = nil, ""
 	if parent != nil {
 		parent.children--
-		closeAll(t.collect(parent))
+		t.collect(parent)
 	}
 }
 
@@ -283,7 +296,7 @@ func (t *inodeTable) place(n, dir *inode, name string) {
 	n.parent, n.name = dir, name
 	if old != nil {
 		old.children--
-		closeAll(t.collect(old))
+		t.collect(old)
 	}
 }
 
@@ -317,7 +330,7 @@ func (t *inodeTable) mayContain(dir, n *inode) bool {
 // pinned.
 func (t *inodeTable) moved(st *unix.Statx_t, dir *inode, name string) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	defer t.unlock()
 	if n := t.byKey[keyOf(st)]; n != nil {
 		t.place(n, dir, name)
 	}
@@ -329,16 +342,16 @@ func (t *inodeTable) find(st *unix.Statx_t, dir *inode, name string) *inode {
 	t.mu.Lock()
 	n := t.byKey[keyOf(st)]
 	if n == nil {
-		t.mu.Unlock()
+		t.unlock()
 		return nil
 	}
 	t.place(n, dir, name)
 	if n.fd >= 0 {
 		t.pin(n)
-		t.mu.Unlock()
+		t.unlock()
 		return n
 	}
-	t.mu.Unlock()
+	t.unlock()
 	n, errno := t.reopen(n)
 	if errno != 0 {
 		return nil
@@ -349,7 +362,7 @@ func (t *inodeTable) find(st *unix.Statx_t, dir *inode, name string) *inode {
 // unplaced records that name in dir is no longer n's.
 func (t *inodeTable) unplaced(n, dir *inode, name string) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	defer t.unlock()
 	if n.parent == dir && n.name == name {
 		t.place(n, nil, "")
 	}
@@ -359,20 +372,18 @@ func (t *inodeTable) unplaced(n, dir *inode, name string) {
 // put.
 func (t *inodeTable) clear() {
 	t.mu.Lock()
-	var victims []int
+	defer t.unlock()
 	for _, n := range t.byID {
 		if n == t.root {
 			continue
 		}
 		n.lookups, n.children, n.parent, n.name, n.removed = 0, 0, nil, "", true
 		if n.fd >= 0 && n.pins == 0 {
-			victims = append(victims, n.fd)
-			n.fd, n.prev, n.next = -1, nil, nil
+			t.leaveIdle(n)
+			t.take(n)
 		}
 	}
-	pinned := t.open - len(victims) - 1
+	open := t.open // those that are pinned, and the root's
 	t.init()
-	t.open += pinned
-	t.mu.Unlock()
-	closeAll(victims)
+	t.open = open
 }

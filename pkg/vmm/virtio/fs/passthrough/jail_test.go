@@ -114,6 +114,9 @@ func TestMagicLinks(t *testing.T) {
 		_, errno = s.Lookup(e.NodeID, "etc")
 		want(t, "LOOKUP in "+name, errno, unix.ENOTDIR)
 	}
+	// It has no ACLs. An error would have the kernel deny access.
+	_, errno := s.Getxattr(self.NodeID, aclAccess, 100)
+	want(t, "GETXATTR of an ACL", errno, unix.ENODATA)
 	fd := s.mustLookup(t, self.NodeID, "fd")
 	list, errno := s.List(fd.NodeID, true)
 	must(t, errno)

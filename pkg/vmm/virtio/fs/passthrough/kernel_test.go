@@ -1,4 +1,4 @@
-//go:build fusekernel
+//go:build privileged
 
 package passthrough
 
@@ -112,18 +112,34 @@ func TestConformance(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	overlay := func(t *testing.T) string {
+		// As the root file system of a container is. The whiteout of a rename
+		// is not for those who see the overlay merged.
+		dir := tempDir(t)
+		for _, d := range []string{"lower", "upper", "work", "merged"} {
+			must(t, os.Mkdir(filepath.Join(dir, d), 0o755))
+		}
+		must(t, unix.Mount("overlay", dir+"/merged", "overlay", 0, fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", dir)))
+		t.Cleanup(func() { must(t, unix.Unmount(dir+"/merged", unix.MNT_DETACH)) })
+		return dir + "/merged"
+	}
+	tmpfs := func(t *testing.T) string { return tempDir(t) }
+	const big = "100000" // once is enough
 	for _, tc := range []struct {
 		name   string
+		dir    func(t *testing.T) string
+		omit   string
 		change func(*Config)
 	}{
-		{"defaults", func(*Config) {}},
-		{"uncached", func(c *Config) { c.AttrTimeout, c.EntryTimeout = 0, 0 }},
+		{"defaults", tmpfs, "^$", func(*Config) {}},
+		{"overlay", overlay, big + "|rename/whiteout", func(*Config) {}},
+		{"uncached", tmpfs, big, func(c *Config) { c.AttrTimeout, c.EntryTimeout = 0, 0 }},
 		// So few that descriptors are closed and made again all the time.
-		{"few descriptors", func(c *Config) { c.Limits.Descriptors = 4096; c.Limits.Nodes = 16 }},
+		{"few descriptors", tmpfs, big, func(c *Config) { c.Limits.Descriptors, c.Limits.Nodes = 4096, 16 }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			at := mountShare(t, tempDir(t), tc.change)
-			cmd := exec.Command(program, "-no-skip", at)
+			at := mountShare(t, tc.dir(t), tc.change)
+			cmd := exec.Command(program, "-no-skip", "-omit", tc.omit, at)
 			cmd.Stderr = os.Stderr
 			out, err := cmd.StdoutPipe()
 			must(t, err)

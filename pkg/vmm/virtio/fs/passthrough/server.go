@@ -53,8 +53,8 @@ type Limits struct {
 	Nodes int
 	// LockWaits is the number of requests that may wait for a lock. Zero is 256.
 	LockWaits int
-	// Threads is the number of threads for xattrs and for creating files. Zero
-	// is 4.
+	// Threads is the number of threads for xattrs and for creating files, which
+	// start when they are needed. Zero is 16.
 	Threads int
 }
 
@@ -66,7 +66,7 @@ func (l Limits) withDefaults() (Limits, error) {
 		l.LockWaits = 256
 	}
 	if l.Threads == 0 {
-		l.Threads = 4
+		l.Threads = 16
 	}
 	if l.Descriptors == 0 {
 		var limit unix.Rlimit
@@ -143,13 +143,15 @@ func New(c Config) (*Server, error) {
 	owners := limits.Descriptors / 8
 	var errno unix.Errno
 	if s.inodes, errno = newInodeTable(root, limits.Inodes, limits.Nodes); errno != 0 {
-		closeAll([]int{proc, root})
+		closeFD(proc)
+		closeFD(root)
 		return nil, fmt.Errorf("directory to share: %w", errno)
 	}
 	s.handles = newHandleTable(s.inodes, (limits.Descriptors-limits.Nodes-owners)/2)
 	s.locks = newLockTable(owners, limits.LockWaits)
 	if s.threads, err = newThreads(proc, limits.Threads); err != nil {
-		closeAll([]int{proc, root})
+		closeFD(proc)
+		closeFD(root)
 		return nil, err
 	}
 	return s, nil
@@ -209,7 +211,8 @@ func (s *Server) release() {
 func (s *Server) Close() {
 	s.Reset()
 	s.threads.close()
-	closeAll([]int{s.inodes.root.fd, int(s.proc)})
+	closeFD(s.inodes.root.fd)
+	closeFD(int(s.proc))
 }
 
 // complaint is a kind of mistake of the guest's that is logged once.

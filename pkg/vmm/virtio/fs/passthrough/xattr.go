@@ -113,6 +113,11 @@ func (s *Server) getxattr(r *request) unix.Errno {
 		n, err = unix.Getxattr(path, name, value)
 		return err
 	})
+	if errno == unix.EOPNOTSUPP && (name == aclAccess || name == aclDefault) {
+		// The kernel, who asks when it checks permissions, would deny access. A
+		// file system of the host's without ACLs has none to give.
+		errno = unix.ENODATA
+	}
 	if errno != 0 {
 		return errno
 	}
