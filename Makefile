@@ -76,13 +76,16 @@ test-agent: kernel ## the agent's tests, as the first process of a machine under
 	hack/agent-test.sh
 
 .PHONY: test-guest
-test-guest: guest ## tests of the VMM that boot the guest kernel, where KVM can
-	CGO_ENABLED=0 go build -o bin/fsconformance ./test/fsconformance
+test-guest: guest fsconformance ## tests of the VMM that boot the guest kernel, where KVM can
 	CGO_ENABLED=0 go test -v -count=1 -p 1 -tags guestkernel -run '$(RUN)' -timeout 20m -exec '$(TESTBED) --timeout 1200 --' ./pkg/vmm ./pkg/vmm/virtio/fs
 
 .PHONY: e2e
-e2e: guest tools images ## black-box tests with containerd and ctr, where KVM can boot the guest kernel
+e2e: guest tools images fsconformance ## black-box tests with containerd and ctr, where KVM can boot the guest kernel
 	E2E_RUNTIME=$(E2E_RUNTIME) hack/e2e.sh '$(RUN)'
+
+.PHONY: fsconformance
+fsconformance: # the program that tests a share from inside a guest
+	$(GO_BUILD) -o bin/ ./test/fsconformance
 
 # What CI runs of e2e; docs/limits.md names what it leaves out.
 E2E_CI := ^Test(OwnKernel|ExitCodes|KillExec|ExecOfNoContainer|Events|OutOfMemoryEvent|SmallMemoryLimit|KillVMM|KillVMMOfDetached|GuestEnds|EachContainerHasItsMachine|ContainersOfOneSandboxShareAMachine)$$
