@@ -92,6 +92,12 @@ func withoutTime(groups []string, a slog.Attr) slog.Attr {
 }
 
 func run(begun int64, log *slog.Logger) error {
+	// The shim learns that the guest is up, and does its part while the agent
+	// does the rest. It is answered when that is done.
+	control, err := dialHost()
+	if err != nil {
+		return fmt.Errorf("connect with the shim: %w", err)
+	}
 	if err := guest.Setup(log); err != nil {
 		return fmt.Errorf("set up the guest: %w", err)
 	}
@@ -114,10 +120,6 @@ func run(begun int64, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("start the agent: %w", err)
 	}
-	control, err := dialHost()
-	if err != nil {
-		return fmt.Errorf("connect with the shim: %w", err)
-	}
 	served := make(chan error, 1)
 	go func() { served <- a.Serve(control) }()
 	select {
@@ -135,8 +137,7 @@ func isHost(peer net.Addr) bool {
 	return ok && a.ContextID == vsock.Host
 }
 
-// dialHost opens the control connection, which tells the shim that the agent is
-// ready.
+// dialHost opens the control connection.
 func dialHost() (net.Conn, error) {
 	for deadline := time.Now().Add(dialTimeout); ; time.Sleep(dialInterval) {
 		conn, err := vsock.Dial(vsock.Host, controlPort, nil)

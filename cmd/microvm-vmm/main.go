@@ -54,6 +54,7 @@ func serve(log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	server.Phase("vmm-started")
 	machine, err := assemble(request.Config, request.Files, log, hooks{
 		phase: func(name string) { server.Phase(name) },
 		accept: func(port uint32) (*os.File, error) {
@@ -81,6 +82,7 @@ func serve(log *slog.Logger) error {
 			Pause:  machine.Pause,
 			Resume: machine.Resume,
 			Stats:  machine.stats,
+			Stop:   machine.Stop,
 		}); err != nil {
 			log.Error("control socket", "error", err)
 		}

@@ -97,6 +97,11 @@ func (m *fakeMachine) Accept(ctx context.Context, port uint32) (*net.UnixConn, e
 	return ours, err
 }
 
+func (m *fakeMachine) Stop(context.Context) error {
+	m.end(control.ReasonStopped, "vCPU 0 halted at rip 0x1234")
+	return nil
+}
+
 func (m *fakeMachine) Kill() error {
 	m.end(control.ReasonKilled, "killed")
 	return nil

@@ -28,6 +28,7 @@ type machine interface {
 	Pid() int
 	Dial(ctx context.Context, port uint32) (*net.UnixConn, error)
 	Accept(ctx context.Context, port uint32) (*net.UnixConn, error)
+	Stop(ctx context.Context) error
 	Kill() error
 	Done() <-chan struct{}
 	Exit() control.Exit

@@ -198,9 +198,25 @@ func (s *sandbox) bootError(ctx context.Context, err error) error {
 	default:
 	}
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return s.hung(context.Cause(ctx))
 	}
 	return fmt.Errorf("the guest's agent: %w", err)
+}
+
+// hung ends a machine whose agent did not come in time, and adds to the error
+// where its vCPUs were.
+func (s *sandbox) hung(err error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), powerOff)
+	defer cancel()
+	if stopErr := s.vm.Stop(ctx); stopErr != nil {
+		return fmt.Errorf("%w; the VMM does not answer: %w", err, stopErr)
+	}
+	select {
+	case <-s.vm.Done():
+		return fmt.Errorf("%w; then it was at: %s", err, exitText(s.vm.Exit()))
+	case <-ctx.Done():
+		return err
+	}
 }
 
 // recordVMM notes the VMM for a clean-up without this process, and lets the

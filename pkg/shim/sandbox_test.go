@@ -124,7 +124,7 @@ func TestFailedStartOfTheSandbox(t *testing.T) {
 	}{
 		{"no VMM", func(f *fixture) { f.launchError = errors.New("open /dev/kvm: no such file or directory") }, nil, "/dev/kvm"},
 		{"no agent", func(f *fixture) { f.silent = true; f.conf.BootTimeout = 50 * time.Millisecond }, nil,
-			"did not start within 50ms (configuration key boot_timeout); the guest console's last lines: Linux version 6.12"},
+			"did not start within 50ms (configuration key boot_timeout); then it was at: stopped: vCPU 0 halted at rip 0x1234; the guest console's last lines: Linux version 6.12"},
 		{"another protocol", func(f *fixture) {
 			f.agent.Intercept = func(method string, _ any) (any, error) {
 				if method == "Info" {

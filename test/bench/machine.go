@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -34,9 +35,10 @@ const (
 // start is what one start of a machine took.
 type start struct {
 	phases []phase
-	exits  map[string]float64 // KVM's own counters when the agent answered
-	ussKB  float64            // of the VMM process, without guest memory
-	guest  *agentproto.InfoResponse
+	// KVM's own counters when /sbin/init ran, and when the agent answered.
+	initExits, exits map[string]float64
+	ussKB            float64 // of the VMM process, without guest memory
+	guest            *agentproto.InfoResponse
 }
 
 // phase is a step and when it was reached, since the start of the process.
@@ -82,13 +84,9 @@ func (b *bench) addStarts(subject string, starts []*start) {
 			return float64(s.phases[i].at.Microseconds()) / 1000
 		})...)
 	}
-	counters := make([]string, 0, len(starts[0].exits))
-	for name := range starts[0].exits {
-		counters = append(counters, name)
-	}
-	slices.Sort(counters)
-	for _, name := range counters {
-		b.add("exits to agent ready", name, subject, "", collect(starts, func(s *start) float64 { return s.exits[name] })...)
+	for _, name := range slices.Sorted(maps.Keys(starts[0].exits)) {
+		b.add("exits to /sbin/init", name, subject, "", collect(starts, func(s *start) float64 { return s.initExits[name] })...)
+		b.add("exits from there to agent ready", name, subject, "", collect(starts, func(s *start) float64 { return s.exits[name] - s.initExits[name] })...)
 	}
 	b.add("memory", "VMM private (USS)", subject, "MiB", collect(starts, func(s *start) float64 { return s.ussKB / 1024 })...)
 	b.add("memory", "guest memory missing from MemTotal", subject, "MiB", collect(starts, func(s *start) float64 {
@@ -221,9 +219,13 @@ func (b *bench) startQEMU() (*start, error) {
 	return s, nil
 }
 
-// finish takes the measures of a machine whose agent has just called, and
-// powers it off.
-func (s *start) finish(ctx context.Context, conn net.Conn, begin time.Time, pid int) error {
+// finish takes the measures of a machine whose agent has just called, which is
+// the first thing it does, and powers it off.
+func (s *start) finish(ctx context.Context, conn net.Conn, begin time.Time, pid int) (err error) {
+	s.phases = append(s.phases, phase{"/sbin/init", time.Since(begin)})
+	if s.initExits, err = kvmCounters(pid); err != nil {
+		return err
+	}
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
 	agent := agentproto.NewAgentClient(client)

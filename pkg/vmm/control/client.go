@@ -390,6 +390,13 @@ func (v *VMM) Stats(ctx context.Context) (Stats, error) {
 	return s, nil
 }
 
+// Stop ends the machine from outside, as Kill does, but has the VMM say where
+// the vCPUs were: Exit has it in its detail. A VMM that hangs does not answer.
+func (v *VMM) Stop(ctx context.Context) error {
+	_, err := v.call(ctx, methodStop, nil)
+	return err
+}
+
 // Phases are the steps of the start that the VMM has told of.
 func (v *VMM) Phases() []Phase {
 	v.mu.Lock()

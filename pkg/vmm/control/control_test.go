@@ -87,6 +87,7 @@ func vmmServe(s *Server) {
 		},
 		Resume: func() error { paused = false; return nil },
 		Stats:  func() (Stats, error) { return Stats{Exits: map[string]uint64{"io": 7}}, nil },
+		Stop:   func() { s.Exited(Exit{Reason: ReasonStopped, Detail: "vCPU 0 halted"}) },
 	})
 	if err != nil {
 		panic(err)
@@ -207,10 +208,13 @@ func TestLifeOfAVMM(t *testing.T) {
 	if p := v.Phases(); len(p) != 1 || p[0].Name != "vcpus-running" || p[0].Monotonic <= 0 {
 		t.Errorf("Phases: %v", p)
 	}
+	if err := v.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
 	if err := v.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	if e := v.Exit(); e.Reason != ReasonKilled {
+	if e := v.Exit(); e.Reason != ReasonStopped || e.Detail != "vCPU 0 halted" {
 		t.Errorf("Exit: %v", e)
 	}
 	if _, err := v.Dial(t.Context(), 1025); err == nil || !strings.Contains(err.Error(), "ended") {

@@ -27,6 +27,7 @@ const (
 	methodPause  = "pause"
 	methodResume = "resume"
 	methodStats  = "stats"
+	methodStop   = "stop"
 )
 
 // Notifications (VMM to shim), not answered.

@@ -89,6 +89,8 @@ type Handler struct {
 	Pause  func() error
 	Resume func() error
 	Stats  func() (Stats, error)
+	// Stop ends the machine. It does not wait.
+	Stop func()
 }
 
 // Serve answers requests until the shim's end is closed (nil) or the socket
@@ -134,6 +136,8 @@ func (s *Server) handle(ctx context.Context, h Handler, m message) {
 			s.reply(m.ID, stats, nil)
 			return
 		}
+	case methodStop:
+		h.Stop()
 	default:
 		err = fmt.Errorf("unknown method %q", m.Method)
 	}
