@@ -32,14 +32,19 @@ echo 'hello from the disk' >"$SCRATCH/disk/hello"
 truncate -s 16M "$SCRATCH/disk.ext4"
 mkfs.ext4 -q -F -d "$SCRATCH/disk" "$SCRATCH/disk.ext4" >&2
 
-# A panic resets the machine, which -no-reboot ends.
+# A panic resets the machine, which -no-reboot ends. A machine that powers off has stayed once in a while: it is ended when
+# it has told its result.
 timeout --kill-after=10 $LIMIT qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 \
 	-nodefaults -no-user-config -nographic -no-reboot -serial stdio \
 	-drive if=none,id=root,format=raw,readonly=on,file="$SCRATCH/root.erofs" -device virtio-blk-pci,drive=root,disable-legacy=on \
 	-drive if=none,id=disk,format=raw,file="$SCRATCH/disk.ext4" -device virtio-blk-pci,drive=disk,disable-legacy=on \
 	-device virtio-rng-pci,disable-legacy=on \
 	-kernel "$REPO/bin/vmlinux" \
-	-append "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro init=/sbin/init panic=-1 -- -test.v $*" </dev/null | tee "$SCRATCH/console" || true
+	-append "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro init=/sbin/init panic=-1 -- -test.v $*" </dev/null >"$SCRATCH/console" &
+qemu=$!
+tail --pid=$qemu -f -n +1 "$SCRATCH/console" | sed -u '/^agent-test: exit /q'
+kill $qemu 2>/dev/null || true
+wait $qemu || true
 
 code=$(tr -d '\r' <"$SCRATCH/console" | sed -n 's/^agent-test: exit //p' | tail -n 1)
 [ -n "$code" ] || die "the machine ended without a result"

@@ -39,16 +39,24 @@ for s in root ${out:+out}; do
 	[ -S "$dir/$s.sock" ] || { echo "virtiofsd for $s did not come up"; exit 1; }
 done
 
-# -la57 and -xsave: QEMU 7.2 does not intercept XSETBV for a nested guest, which makes guest kernels complain about XSAVE.
+# -la57: five levels of page tables cost time in an emulator and nobody here needs them.
 # tsc=reliable: under TCG every virtual CPU's TSC is the host's, and the alternative is an HPET whose reads leave the emulator.
 # tsc_early_khz: see tsckhz.
 # no_timer_check: on a busy host the timer check of early boot may see no tick in time.
 # file chardevs with append=on because QEMU would otherwise truncate on open; the pipes' readers wait in hack/testbed/run.
-# Half a minute more than the limit that job.sh keeps: boot, and time to say what hung.
-timeout --signal=KILL $((limit + 30)) qemu-system-x86_64 \
-	-M q35,usb=off,sata=off,smbus=off,vmport=off,memory-backend=ram -accel tcg,thread=multi -cpu max,-la57,-xsave \
+# Half a minute more than the limit that job.sh keeps: boot, and time to say what hung. A machine that does not even come to
+# its limit has frozen: where its processors are goes into monitor.log.
+mkfifo "$dir/monitor.in" "$dir/monitor.out"
+cat "$dir/monitor.out" >"$dir/monitor.log" &
+(
+	sleep $((limit + 25))
+	printf '%s\n' 'info cpus' 'info registers -a' 'info pic' >"$dir/monitor.in"
+) &
+timeout --signal=KILL $((limit + 30)) "$machine/qemu/usr/bin/qemu-system-x86_64" \
+	-L "$machine/qemu/usr/share/qemu" -L "$machine/qemu/usr/share/seabios" \
+	-M q35,usb=off,sata=off,smbus=off,vmport=off,memory-backend=ram -accel tcg,thread=multi -cpu max,-la57 \
 	-smp "$cpus" -m "$mem" -object "memory-backend-memfd,id=ram,size=${mem}M,share=on" \
-	-nodefaults -no-user-config -display none -no-reboot -monitor none \
+	-nodefaults -no-user-config -display none -no-reboot -monitor pipe:"$dir/monitor" \
 	-kernel "$machine/kernel" -initrd "$machine/initramfs" \
 	-append "console=ttyS0 quiet panic=-1 tsc=reliable tsc_early_khz=$("$machine/tsckhz") no_timer_check mitigations=off testbed.dir=$dir testbed.out=$out testbed.machine=$machine testbed.limit=$limit" \
 	-chardev "file,id=console,path=$dir/console.log,append=on" -serial chardev:console \

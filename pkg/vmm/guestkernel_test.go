@@ -300,7 +300,7 @@ func TestGuestExits(t *testing.T) {
 }
 
 func TestGuestCPUs(t *testing.T) {
-	for _, n := range []int{1, 2, 4} {
+	for _, n := range []int{1, 2, 4, MaxVCPUs} {
 		t.Run(strconv.Itoa(n), func(t *testing.T) {
 			c, console := guestConfig(t, "cpus", "guest.do=poweroff")
 			c.VCPUs = n

@@ -191,7 +191,7 @@ func (b *bench) startQEMU() (*start, error) {
 	}
 	defer log.Close()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
-		"-M", "microvm,acpi=on,pcie=on,rtc=off,pit=off,pic=off,isa-serial=off", "-accel", "kvm", "-cpu", "host,-xsave",
+		"-M", "microvm,acpi=on,pcie=on,rtc=off,pit=off,pic=off,isa-serial=off", "-accel", "kvm", "-cpu", "host",
 		"-smp", "1", "-m", strconv.Itoa(machineMemory>>20),
 		"-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
 		"-kernel", b.bin("vmlinux"),

@@ -78,7 +78,8 @@ func TestKillVMMOfSandbox(t *testing.T) {
 // The shim is killed: its machine must not live on, and containerd must get to know.
 func TestKillShim(t *testing.T) {
 	n := node.For(t)
-	id, done := waitForExit(t, n, nil, "sleep", "1000")
+	// The FIFOs are ctr's, who leaves them when the task is not there to be deleted.
+	id, done := waitForExit(t, n, []string{"--fifo-dir", t.TempDir()}, "sleep", "1000")
 	node.Until(t, "the container runs", func() bool { return n.Status(t, id) == "RUNNING" })
 	node.Kill(t, only(t, n, shim))
 	if r := <-done; r.Code == 0 {
