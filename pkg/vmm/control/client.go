@@ -29,6 +29,8 @@ type Options struct {
 	Shared *os.File
 	// Disks go with Config.Disks.
 	Disks []*os.File
+	// Taps go with Config.NICs: for each, one tap queue a queue pair.
+	Taps [][]*os.File
 	// Console gets the guest's console output.
 	Console *os.File
 	// Log is the VMM's standard error.
@@ -71,6 +73,14 @@ func Launch(ctx context.Context, o Options) (*VMM, error) {
 	if len(o.Disks) != len(o.Config.Disks) {
 		return nil, fmt.Errorf("%d disks configured, %d files", len(o.Config.Disks), len(o.Disks))
 	}
+	if len(o.Taps) != len(o.Config.NICs) {
+		return nil, fmt.Errorf("%d NICs configured, taps for %d", len(o.Config.NICs), len(o.Taps))
+	}
+	for i, nic := range o.Config.NICs {
+		if err := nic.checkTaps(o.Taps[i]); err != nil {
+			return nil, fmt.Errorf("NIC %d: %w", i, err)
+		}
+	}
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
@@ -105,6 +115,11 @@ func Launch(ctx context.Context, o Options) (*VMM, error) {
 	}
 	for i, disk := range o.Disks {
 		roles, files = append(roles, FileDisk(i)), append(files, disk)
+	}
+	for i, taps := range o.Taps {
+		for pair, tap := range taps {
+			roles, files = append(roles, FileTap(i, pair)), append(files, tap)
+		}
 	}
 	if _, err := v.call(ctx, methodBoot, bootBody{Config: o.Config, Files: roles}, files...); err != nil {
 		v.Kill()
@@ -374,6 +389,57 @@ func (v *VMM) Pause(ctx context.Context) error {
 func (v *VMM) Resume(ctx context.Context) error {
 	_, err := v.call(ctx, methodResume, nil)
 	return err
+}
+
+// AttachNIC puts a NIC on the running machine's PCI bus and returns its address,
+// "0000:00:07.0". The guest finds it when it looks at the bus again, by a write
+// to /sys/bus/pci/rescan. The taps, one a queue pair, stay the caller's and may
+// be closed when AttachNIC returns. After an error that is the context's the NIC
+// may be there nevertheless.
+func (v *VMM) AttachNIC(ctx context.Context, nic NIC, taps []*os.File) (string, error) {
+	if err := nic.checkTaps(taps); err != nil {
+		return "", fmt.Errorf("attach NIC: %w", err)
+	}
+	address, err := v.attach(ctx, attachBody{NIC: &nic}, taps...)
+	if err != nil {
+		return "", fmt.Errorf("attach NIC %s: %w", nic.MAC, err)
+	}
+	return address, nil
+}
+
+// AttachDisk is AttachNIC for a disk over file, which stays the caller's.
+func (v *VMM) AttachDisk(ctx context.Context, disk Disk, file *os.File) (string, error) {
+	address, err := v.attach(ctx, attachBody{Disk: &disk}, file)
+	if err != nil {
+		return "", fmt.Errorf("attach disk: %w", err)
+	}
+	return address, nil
+}
+
+func (v *VMM) attach(ctx context.Context, body attachBody, files ...*os.File) (string, error) {
+	r, err := v.call(ctx, methodAttach, body, files...)
+	if err != nil {
+		return "", err
+	}
+	closeAll(r.files)
+	var at addressBody
+	if err := json.Unmarshal(r.Body, &at); err != nil {
+		return "", fmt.Errorf("the VMM's answer: %w", err)
+	}
+	return at.Address, nil
+}
+
+// Detach takes a NIC or a disk, attached or there from the start, off the bus by
+// its PCI address. The guest should have let go of it before, by a write to the
+// function's "remove" in sysfs: to one that has not the device is broken. When
+// Detach returns without an error the VMM has closed the device's files.
+func (v *VMM) Detach(ctx context.Context, address string) error {
+	r, err := v.call(ctx, methodDetach, addressBody{Address: address})
+	if err != nil {
+		return fmt.Errorf("detach %s: %w", address, err)
+	}
+	closeAll(r.files)
+	return nil
 }
 
 // Stats asks the VMM for its counters.

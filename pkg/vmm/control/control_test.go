@@ -88,6 +88,33 @@ func vmmServe(s *Server) {
 		Resume: func() error { paused = false; return nil },
 		Stats:  func() (Stats, error) { return Stats{Exits: map[string]uint64{"io": 7}}, nil },
 		Stop:   func() { s.Exited(Exit{Reason: ReasonStopped, Detail: "vCPU 0 halted"}) },
+		// The addresses say what arrived.
+		AttachNIC: func(nic NIC, taps []*os.File) (string, error) {
+			defer closeAll(taps)
+			var names []string
+			for _, tap := range taps {
+				name, err := io.ReadAll(tap)
+				if err != nil {
+					return "", err
+				}
+				names = append(names, string(name))
+			}
+			return fmt.Sprintf("%s %d %v", nic.MAC, nic.MTU, names), nil
+		},
+		AttachDisk: func(disk Disk, file *os.File) (string, error) {
+			defer file.Close()
+			if disk.Serial == "" {
+				return "", errors.New("the bus is full")
+			}
+			content, err := io.ReadAll(file)
+			return fmt.Sprintf("%s %v %s", disk.Serial, disk.ReadOnly, content), err
+		},
+		Detach: func(address string) error {
+			if address != "0000:00:07.0" {
+				return errors.New("no such device")
+			}
+			return nil
+		},
 	})
 	if err != nil {
 		panic(err)
@@ -205,6 +232,7 @@ func TestLifeOfAVMM(t *testing.T) {
 	if s, err := v.Stats(t.Context()); err != nil || s.Exits["io"] != 7 {
 		t.Errorf("Stats: %v, %v", s, err)
 	}
+	testHotplug(t, v)
 	if p := v.Phases(); len(p) != 1 || p[0].Name != "vcpus-running" || p[0].Monotonic <= 0 {
 		t.Errorf("Phases: %v", p)
 	}
@@ -225,6 +253,30 @@ func TestLifeOfAVMM(t *testing.T) {
 	}
 	if err := v.Kill(); err != nil {
 		t.Errorf("second Kill: %v", err)
+	}
+}
+
+func testHotplug(t *testing.T, v *VMM) {
+	t.Helper()
+	nic := NIC{MAC: "02:00:00:00:00:01", MTU: 1450, QueuePairs: 2}
+	taps := []*os.File{tempFile(t, "tap a"), tempFile(t, "tap b")}
+	if at, err := v.AttachNIC(t.Context(), nic, taps); err != nil || at != "02:00:00:00:00:01 1450 [tap a tap b]" {
+		t.Errorf("AttachNIC: %q, %v", at, err)
+	}
+	if _, err := v.AttachNIC(t.Context(), nic, taps[:1]); err == nil {
+		t.Error("AttachNIC with a tap too few succeeded")
+	}
+	if at, err := v.AttachDisk(t.Context(), Disk{ReadOnly: true, Serial: "data"}, tempFile(t, "disk")); err != nil || at != "data true disk" {
+		t.Errorf("AttachDisk: %q, %v", at, err)
+	}
+	if _, err := v.AttachDisk(t.Context(), Disk{}, tempFile(t, "")); err == nil || !strings.Contains(err.Error(), "full") {
+		t.Errorf("AttachDisk that is refused: %v", err)
+	}
+	if err := v.Detach(t.Context(), "0000:00:07.0"); err != nil {
+		t.Errorf("Detach: %v", err)
+	}
+	if err := v.Detach(t.Context(), "0000:00:08.0"); err == nil || !strings.Contains(err.Error(), "no such device") {
+		t.Errorf("Detach of nothing: %v", err)
 	}
 }
 
@@ -293,10 +345,66 @@ func TestBadBootRequests(t *testing.T) {
 	}
 }
 
+func TestTapsAtBoot(t *testing.T) {
+	o := Options{Binary: "/nonexistent/microvm-vmm", Config: Config{NICs: []NIC{{QueuePairs: 2}}}}
+	if _, err := Launch(t.Context(), o); err == nil || !strings.Contains(err.Error(), "taps for 0") {
+		t.Errorf("no taps: %v", err)
+	}
+	o.Taps = [][]*os.File{{tempFile(t, "")}}
+	if _, err := Launch(t.Context(), o); err == nil || !strings.Contains(err.Error(), "2 queue pairs, 1 taps") {
+		t.Errorf("one tap: %v", err)
+	}
+}
+
+// refuseAttach is a Handler to which no bad request must come.
+func refuseAttach(t *testing.T) Handler {
+	return Handler{
+		AttachNIC: func(NIC, []*os.File) (string, error) { t.Error("a NIC was attached"); return "", nil },
+		AttachDisk: func(_ Disk, file *os.File) (string, error) {
+			t.Error("a disk was attached")
+			return "", nil
+		},
+	}
+}
+
+func TestBadAttachRequests(t *testing.T) {
+	for name, tc := range map[string]struct {
+		body  string
+		files int
+	}{
+		"no body":         {"", 0},
+		"no device":       {"{}", 1},
+		"both":            {`{"nic":{"queue_pairs":1},"disk":{}}`, 1},
+		"wrong type":      {`{"nic":7}`, 1},
+		"no queue pairs":  {`{"nic":{}}`, 0},
+		"negative":        {`{"nic":{"queue_pairs":-1}}`, 0},
+		"fewer taps":      {`{"nic":{"queue_pairs":2}}`, 1},
+		"more taps":       {`{"nic":{"queue_pairs":2}}`, 3},
+		"disk, no file":   {`{"disk":{}}`, 0},
+		"disk, two files": {`{"disk":{}}`, 2},
+	} {
+		var files []*os.File
+		for range tc.files {
+			files = append(files, tempFile(t, ""))
+		}
+		m := message{Method: methodAttach, Body: json.RawMessage(tc.body)}
+		if _, err := attach(refuseAttach(t), m, files); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+		for _, f := range files {
+			if err := f.Close(); !errors.Is(err, os.ErrClosed) {
+				t.Errorf("%s: a file was left open", name)
+			}
+		}
+	}
+}
+
 // FuzzReceive sends arbitrary packets to both ends' parsers.
 func FuzzReceive(f *testing.F) {
 	f.Add([]byte(`{"method":"boot","body":{"config":{"vcpus":1},"files":["kvm","kernel","image","console"]}}`), uint8(4))
 	f.Add([]byte(`{"id":1,"error":"x"}`), uint8(1))
+	f.Add([]byte(`{"method":"attach","body":{"nic":{"mac":"02:00:00:00:00:01","queue_pairs":2}}}`), uint8(2))
+	f.Add([]byte(`{"method":"attach","body":{"disk":{"read_only":true}}}`), uint8(1))
 	f.Add([]byte(`{"method":"accepted","body":{"port":1024}}`), uint8(1))
 	f.Add([]byte(`{"method":"exit","body":{"reason":"panic"}}`), uint8(0))
 	null, err := os.Open(os.DevNull)
@@ -334,6 +442,12 @@ func FuzzReceive(f *testing.F) {
 			return
 		}
 		parseBoot(m, files)
+		if m.Method == methodAttach {
+			attach(Handler{
+				AttachNIC:  func(nic NIC, taps []*os.File) (string, error) { return "", nic.checkTaps(taps) },
+				AttachDisk: func(Disk, *os.File) (string, error) { return "", nil },
+			}, m, files)
+		}
 		v := &VMM{
 			accept:  map[uint32]chan *net.UnixConn{1024: make(chan *net.UnixConn, 1)},
 			pending: map[uint64]chan reply{1: make(chan reply, 1)},

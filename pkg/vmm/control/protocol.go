@@ -28,6 +28,8 @@ const (
 	methodResume = "resume"
 	methodStats  = "stats"
 	methodStop   = "stop"
+	methodAttach = "attach" // with the device's descriptors
+	methodDetach = "detach"
 )
 
 // Notifications (VMM to shim), not answered.
@@ -49,6 +51,10 @@ const (
 // FileDisk is the role of the n-th of Config.Disks.
 func FileDisk(n int) string { return fmt.Sprintf("disk%d", n) }
 
+// FileTap is the role of the tap queue behind a queue pair of the n-th of
+// Config.NICs.
+func FileTap(nic, pair int) string { return fmt.Sprintf("tap%d.%d", nic, pair) }
+
 const (
 	// maxMessage bounds a packet. The largest is the boot request.
 	maxMessage = 64 << 10
@@ -66,6 +72,7 @@ type Config struct {
 	// empty when there is none.
 	SharedTag string `json:"shared_tag,omitempty"`
 	Disks     []Disk `json:"disks,omitempty"`
+	NICs      []NIC  `json:"nics,omitempty"`
 	// ListenPorts are the host vsock ports that the guest may connect to.
 	ListenPorts []uint32 `json:"listen_ports,omitempty"`
 	// DebugConsole turns the serial port on and sends early kernel messages to
@@ -78,6 +85,27 @@ type Disk struct {
 	ReadOnly bool `json:"read_only,omitempty"`
 	// Serial is what the guest reads as the device's id, at most 20 bytes.
 	Serial string `json:"serial,omitempty"`
+}
+
+// NIC is a virtio-net device over tap descriptors: one FileTap for each queue
+// pair. The taps were opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, with
+// IFF_MULTI_QUEUE if there are several, and are non-blocking.
+type NIC struct {
+	// MAC is the guest's address, "02:00:00:00:00:01".
+	MAC string `json:"mac"`
+	// MTU is what the guest takes as its link's MTU, in bytes; zero leaves it to
+	// the guest.
+	MTU int `json:"mtu,omitempty"`
+	// QueuePairs is the number of the taps.
+	QueuePairs int `json:"queue_pairs"`
+}
+
+// checkTaps says whether there is a tap for each queue pair.
+func (n NIC) checkTaps(taps []*os.File) error {
+	if n.QueuePairs < 1 || len(taps) != n.QueuePairs {
+		return fmt.Errorf("%d queue pairs, %d taps", n.QueuePairs, len(taps))
+	}
+	return nil
 }
 
 // Reasons of an Exit.
@@ -112,6 +140,25 @@ type Stats struct {
 	// KVM are the kernel's own counters of the vCPUs, added up, by the
 	// kernel's names; empty where it keeps none.
 	KVM map[string]uint64 `json:"kvm,omitempty"`
+	// NICs are those on the bus now, by PCI address.
+	NICs map[string]NICStats `json:"nics,omitempty"`
+}
+
+// NICStats are the counters of a NIC, from the guest's side: what it received
+// and what it sent.
+type NICStats struct {
+	MAC string      `json:"mac"`
+	RX  LinkTraffic `json:"rx"`
+	TX  LinkTraffic `json:"tx"`
+}
+
+// LinkTraffic counts frames that went through in one direction, and their bytes;
+// a segmented frame counts as the one that it was in the guest. Dropped frames
+// are those that the VMM or the tap refused.
+type LinkTraffic struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+	Dropped uint64 `json:"dropped"`
 }
 
 // Phase is a step of a machine's start.
@@ -137,6 +184,18 @@ type bootBody struct {
 
 type portBody struct {
 	Port uint32 `json:"port"`
+}
+
+// attachBody has exactly one device. A NIC comes with its taps, in the order of
+// the queue pairs, a disk with its file.
+type attachBody struct {
+	NIC  *NIC  `json:"nic,omitempty"`
+	Disk *Disk `json:"disk,omitempty"`
+}
+
+// addressBody is a PCI address, "0000:00:07.0".
+type addressBody struct {
+	Address string `json:"address"`
 }
 
 // conn sends and receives messages with descriptors. send may be called

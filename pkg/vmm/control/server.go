@@ -91,6 +91,13 @@ type Handler struct {
 	Stats  func() (Stats, error)
 	// Stop ends the machine. It does not wait.
 	Stop func()
+	// AttachNIC and AttachDisk put a device on the PCI bus and return its
+	// address. The files are the machine's from the call on, whatever comes of
+	// it.
+	AttachNIC  func(nic NIC, taps []*os.File) (address string, err error)
+	AttachDisk func(disk Disk, file *os.File) (address string, err error)
+	// Detach takes one off again and closes its files.
+	Detach func(address string) error
 }
 
 // Serve answers requests until the shim's end is closed (nil) or the socket
@@ -107,12 +114,14 @@ func (s *Server) Serve(h Handler) error {
 		if err != nil {
 			return err
 		}
-		closeAll(files) // no request after boot carries any
-		go s.handle(ctx, h, m)
+		if m.Method != methodAttach {
+			closeAll(files) // no other request after boot carries any
+		}
+		go s.handle(ctx, h, m, files)
 	}
 }
 
-func (s *Server) handle(ctx context.Context, h Handler, m message) {
+func (s *Server) handle(ctx context.Context, h Handler, m message, files []*os.File) {
 	var err error
 	switch m.Method {
 	case methodDial:
@@ -138,10 +147,44 @@ func (s *Server) handle(ctx context.Context, h Handler, m message) {
 		}
 	case methodStop:
 		h.Stop()
+	case methodAttach:
+		var at addressBody
+		if at.Address, err = attach(h, m, files); err == nil {
+			s.reply(m.ID, at, nil)
+			return
+		}
+	case methodDetach:
+		var at addressBody
+		if err = json.Unmarshal(m.Body, &at); err == nil {
+			err = h.Detach(at.Address)
+		}
 	default:
 		err = fmt.Errorf("unknown method %q", m.Method)
 	}
 	s.reply(m.ID, nil, err)
+}
+
+// attach has the handler attach the device that the request describes.
+func attach(h Handler, m message, files []*os.File) (address string, err error) {
+	var body attachBody
+	if err := json.Unmarshal(m.Body, &body); err != nil {
+		closeAll(files)
+		return "", err
+	}
+	switch {
+	case (body.NIC == nil) == (body.Disk == nil):
+		err = errors.New("exactly one device can be attached")
+	case body.NIC != nil:
+		if err = body.NIC.checkTaps(files); err == nil {
+			return h.AttachNIC(*body.NIC, files)
+		}
+	case len(files) != 1:
+		err = fmt.Errorf("a disk comes with one file, not %d", len(files))
+	default:
+		return h.AttachDisk(*body.Disk, files[0])
+	}
+	closeAll(files)
+	return "", err
 }
 
 // reply's error means that the shim is gone, which Serve sees too.
