@@ -276,6 +276,25 @@ func (q *Queue) arm() {
 func (q *Queue) Complete(c *Chain, written uint32) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.giveBack(c, written)
+	q.publish()
+}
+
+// CompleteAll is Complete for chains that make sense to the driver only
+// together, as the merged buffers of section 5.1.6.4 do: it sees all of them
+// used, in this order, or none. written has an entry for each chain.
+func (q *Queue) CompleteAll(chains []*Chain, written []uint32) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, c := range chains {
+		q.giveBack(c, written[i])
+	}
+	q.publish()
+}
+
+// giveBack puts the chain into the used ring, which publish shows the driver.
+// mu is held.
+func (q *Queue) giveBack(c *Chain, written uint32) {
 	if c.queue != q || !c.busy {
 		panic("virtio: chain completed twice, or on another queue") // a device's bug, no guest's doing
 	}
@@ -289,7 +308,12 @@ func (q *Queue) Complete(c *Chain, written uint32) {
 	q.used[elem] = uint32(c.head)
 	q.used[elem+1] = written
 	q.usedIdx++
-	q.storeUsed()
+}
+
+func (q *Queue) publish() {
+	if !q.closed.Load() {
+		q.storeUsed()
+	}
 }
 
 // Flush interrupts the driver if it asked to hear of what was completed since

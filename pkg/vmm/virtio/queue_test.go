@@ -386,6 +386,34 @@ func TestIndicesWrapAround(t *testing.T) {
 	}
 }
 
+func TestCompleteAll(t *testing.T) {
+	r := newRawQueue(t, virtiotest.NewMemory(t, memStart, memSize), 4, bothRing)
+	for i := range uint16(4) {
+		r.SetDesc(i, virtiotest.Desc{Addr: memStart + memory.GuestAddress(i), Len: 1})
+	}
+	for round := range uint16(10) { // over the end of the ring
+		for i := range uint16(3) {
+			r.Push(i)
+		}
+		chains := []*virtio.Chain{r.next(t), r.next(t), r.next(t)}
+		r.q.CompleteAll([]*virtio.Chain{chains[2], chains[0], chains[1]}, []uint32{7, 8, 9})
+		if r.UsedIdx() != 3*(round+1) {
+			t.Fatalf("used index is %d after round %d", r.UsedIdx(), round)
+		}
+		for i, want := range [][2]uint32{{2, 7}, {0, 8}, {1, 9}} {
+			if head, written := r.UsedElem(3*round + uint16(i)); head != want[0] || written != want[1] {
+				t.Fatalf("used element %d is head %d with %d bytes, want %d", i, head, written, want)
+			}
+		}
+	}
+	r.Push(3)
+	c := r.next(t)
+	r.q.Close()
+	if r.q.CompleteAll([]*virtio.Chain{c}, []uint32{1}); r.UsedIdx() != 30 {
+		t.Errorf("used index is %d after Close", r.UsedIdx())
+	}
+}
+
 func TestInterruptSuppression(t *testing.T) {
 	complete := func(t *testing.T, r *rawQueue, n int) {
 		t.Helper()
