@@ -376,7 +376,7 @@ func TestGuestHotplug(t *testing.T) {
 		for !strings.Contains(console.String(), "guest: looking") {
 			time.Sleep(100 * time.Millisecond)
 		}
-		if err := m.addDevice(device); err != nil {
+		if _, err := m.Attach(device); err != nil {
 			t.Error(err)
 		}
 	}()

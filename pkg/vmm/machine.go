@@ -85,13 +85,14 @@ type Machine struct {
 	ended chan struct{} // closed when exit is set
 	acks  chan struct{} // a vCPU parked or ended
 
-	mu         sync.Mutex // protects what follows and the vCPUs' tid and parked
-	transports []*virtiopci.Transport
-	addresses  map[virtio.Device]pci.Address
-	resumed    *sync.Cond // want changed
-	want       want
-	started    bool
-	exit       Exit
+	plug sync.Mutex // serialises Attach, Detach and close
+
+	mu      sync.Mutex                           // protects what follows and the vCPUs' tid and parked
+	devices map[pci.Address]*virtiopci.Transport // changed with plug held, too
+	resumed *sync.Cond                           // want changed
+	want    want
+	started bool
+	exit    Exit
 }
 
 // New makes a machine that is ready to run. Run must follow: it gives back what
@@ -101,12 +102,12 @@ func New(c Config) (_ *Machine, err error) {
 		return nil, fmt.Errorf("%d vCPUs: a machine has 1 to %d", c.VCPUs, MaxVCPUs)
 	}
 	m := &Machine{
-		log:       slog.New(limitRate(c.Log.Handler())),
-		phase:     c.Phase,
-		memory:    &memory.Memory{},
-		addresses: make(map[virtio.Device]pci.Address),
-		ended:     make(chan struct{}),
-		acks:      make(chan struct{}, 1),
+		log:     slog.New(limitRate(c.Log.Handler())),
+		phase:   c.Phase,
+		memory:  &memory.Memory{},
+		devices: make(map[pci.Address]*virtiopci.Transport),
+		ended:   make(chan struct{}),
+		acks:    make(chan struct{}, 1),
 	}
 	m.resumed = sync.NewCond(&m.mu)
 	defer func() {
@@ -224,7 +225,7 @@ func (m *Machine) addDevices(c Config) error {
 		devices = append(devices, d)
 	}
 	for _, d := range append(devices, c.Devices...) {
-		if err := m.addDevice(d); err != nil {
+		if _, err := m.addDevice(d); err != nil {
 			return err
 		}
 	}
@@ -236,9 +237,8 @@ func (m *Machine) addDevices(c Config) error {
 	return err
 }
 
-// addDevice puts a virtio device on the bus. A running guest finds it when it
-// looks at the bus again.
-func (m *Machine) addDevice(d virtio.Device) error {
+// addDevice puts a virtio device on the bus.
+func (m *Machine) addDevice(d virtio.Device) (pci.Address, error) {
 	t, err := virtiopci.New(virtiopci.Config{
 		Device:           d,
 		Memory:           m.memory,
@@ -248,17 +248,76 @@ func (m *Machine) addDevice(d virtio.Device) error {
 		Log:              m.log.With("virtio-type", d.Type()),
 	})
 	if err != nil {
-		return err
+		return pci.Address{}, err
 	}
 	addr, err := m.pci.Add(t.Function())
 	if err != nil {
-		return err
+		return pci.Address{}, err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.transports = append(m.transports, t)
-	m.addresses[d] = addr
+	m.devices[addr] = t
+	return addr, nil
+}
+
+// Attach puts a device on the PCI bus of a running machine and returns its
+// address. The guest finds it when it looks at the bus again, which Linux does at
+// a write to /sys/bus/pci/rescan. The device must last as long as the machine, or
+// until Detach has returned.
+func (m *Machine) Attach(d virtio.Device) (address string, err error) {
+	m.plug.Lock()
+	defer m.plug.Unlock()
+	if m.hasEnded() {
+		return "", errEnded
+	}
+	addr, err := m.addDevice(d)
+	if err != nil {
+		return "", err
+	}
+	return addr.String(), nil
+}
+
+// Detach takes a device of Config.Devices, or an attached one, off the bus. The
+// guest should have let go of it before: to one that has not it is a device that
+// answers with ones. When Detach returns, nothing of the machine uses the device
+// any more; its address will be another's.
+func (m *Machine) Detach(address string) error {
+	m.plug.Lock()
+	defer m.plug.Unlock()
+	if m.hasEnded() {
+		return errEnded
+	}
+	addr, t := m.deviceAt(address)
+	if t == nil {
+		return fmt.Errorf("there is no virtio device at %q", address)
+	}
+	// The doorbells go with the BAR. A vCPU may be on its way to the device; the
+	// transport stops it there.
+	if err := m.pci.Remove(addr); err != nil {
+		return err
+	}
+	t.Remove()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.devices, addr)
 	return nil
+}
+
+func (m *Machine) deviceAt(address string) (pci.Address, *virtiopci.Transport) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for addr, t := range m.devices {
+		if addr.String() == address {
+			return addr, t
+		}
+	}
+	return pci.Address{}, nil
+}
+
+func (m *Machine) hasEnded() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.want == wantEnded
 }
 
 // sendMSI delivers an interrupt message. The ioctl does at once what an irqfd
@@ -279,16 +338,17 @@ func (m *Machine) deassignDoorbell(addr uint64, kick *eventfd.EventFD) error {
 	return m.vm.IOEventFD(kvm.IOEventFD{Addr: addr, FD: int32(kick.FD()), Flags: kvm.IOEventFDDeassign})
 }
 
-// PCIAddress is where the guest finds a device of Config.Devices:
-// "0000:00:03.0"; "" for a device that is not on the bus.
+// PCIAddress is where the guest finds a device: "0000:00:03.0"; "" for one that
+// is not on the bus.
 func (m *Machine) PCIAddress(d virtio.Device) string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	addr, ok := m.addresses[d]
-	if !ok {
-		return ""
+	for addr, t := range m.devices {
+		if t.Device == d {
+			return addr.String()
+		}
 	}
-	return addr.String()
+	return ""
 }
 
 func (m *Machine) reached(phase string) {
@@ -449,8 +509,11 @@ func (m *Machine) VCPUStats() ([]VCPUStats, error) {
 
 // close gives back what New took. Nothing of the machine runs any more.
 func (m *Machine) close() error {
+	// An Attach or Detach that is under way still uses all of it.
+	m.plug.Lock()
+	defer m.plug.Unlock()
 	var errs []error
-	for _, t := range m.transports {
+	for _, t := range m.devices {
 		t.Reset()
 	}
 	for _, v := range m.vcpus {

@@ -39,12 +39,12 @@ type Bus struct {
 	ecam      []byte
 	functions [maxDevices]atomic.Pointer[Function]
 
-	mu       sync.Mutex // serialises Add, mapAt and unmap
-	nextBAR  uint64     // where the next BAR is put at first
+	mu       sync.Mutex // serialises Add, mapAt, unmap and the end of Remove
+	assigned []mapping  // where the BARs were put at first
 	mappings atomic.Pointer[[]mapping]
 }
 
-// mapping is a BAR that is decoded.
+// mapping is a BAR and where it is.
 type mapping struct {
 	start, size uint64
 	function    *Function
@@ -67,18 +67,22 @@ func NewBus(window Window, ecam []byte) (*Bus, error) {
 	if len(ecam) != ECAMSize {
 		return nil, fmt.Errorf("configuration space of %d bytes, not %d", len(ecam), ECAMSize)
 	}
-	b := &Bus{window: window, ecam: ecam, nextBAR: uint64(window.Start)}
+	b := &Bus{window: window, ecam: ecam}
 	b.mappings.Store(new([]mapping))
-	// An absent function reads as ones. Nobody looks at the functions 1 to 7 of
-	// a device that does not say it has several: their pages stay untouched, and
-	// the vendor id of zero that they show is no vendor's either.
+	// Nobody looks at the functions 1 to 7 of a device that does not say it has
+	// several: their pages stay untouched, and the vendor id of zero that they
+	// show is no vendor's either.
 	for device := range maxDevices {
-		page := b.page(device)
-		for i := range page {
-			page[i] = 0xff
-		}
+		showAbsent(b.page(device))
 	}
 	return b, nil
+}
+
+// showAbsent makes a function's configuration space that of none: all ones.
+func showAbsent(page []byte) {
+	for i := range page {
+		page[i] = 0xff
+	}
 }
 
 // page is the ECAM of a device's function 0.
@@ -102,26 +106,61 @@ func (b *Bus) Add(f *Function) (Address, error) {
 			return Address{}, fmt.Errorf("PCI bus is full: it has %d devices", maxDevices)
 		}
 	}
-	next := b.nextBAR
+	assigned := b.assigned
 	for i, bar := range f.bars {
 		if bar.size == 0 {
 			continue
 		}
-		size := uint64(bar.size)
-		start := (next + size - 1) &^ (size - 1)
-		if next = start + size; next > uint64(b.window.Start)+uint64(b.window.Size) {
+		start, ok := b.place(uint64(bar.size), assigned)
+		if !ok {
 			return Address{}, fmt.Errorf("no room for a BAR of %#x bytes", bar.size)
 		}
+		assigned = append(assigned, mapping{start: start, size: uint64(bar.size), function: f, bar: i})
 		binary.LittleEndian.PutUint32(f.config[offBARs+4*i:], uint32(start))
 	}
-	b.nextBAR = next
+	b.assigned = assigned
 	f.bus = b
 	page := b.page(device)
+	f.page = page
 	clear(page) // zeroes past the 256 bytes say "no extended capabilities"
 	copy(page, f.config)
 	f.config = page[:configSize]
 	b.functions[device].Store(f)
 	return Address{Device: uint8(device)}, nil
+}
+
+// place finds the lowest range of the window for a BAR that is neither assigned
+// nor in use by one that the guest has moved. Called with b.mu held.
+func (b *Bus) place(size uint64, assigned []mapping) (start uint64, ok bool) {
+	taken := slices.Concat(assigned, *b.mappings.Load())
+	start = (uint64(b.window.Start) + size - 1) &^ (size - 1)
+	for start+size <= uint64(b.window.Start)+uint64(b.window.Size) {
+		i := slices.IndexFunc(taken, func(m mapping) bool { return start < m.start+m.size && m.start < start+size })
+		if i < 0 {
+			return start, true
+		}
+		start = (taken[i].start + taken[i].size + size - 1) &^ (size - 1)
+	}
+	return 0, false
+}
+
+// Remove takes a function off the bus for good. When it returns the guest finds
+// nothing in its place, and its BARs are decoded nowhere: the handler's MapBAR
+// was told. Accesses of vCPUs that were under way may still reach the handler.
+// The device number and the BARs' ranges are free for the next function.
+func (b *Bus) Remove(a Address) error {
+	if a.Device >= maxDevices {
+		return fmt.Errorf("PCI bus has no device number %d", a.Device)
+	}
+	f := b.functions[a.Device].Load()
+	if f == nil || !f.remove() {
+		return fmt.Errorf("there is no PCI function at %s", a)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.assigned = slices.DeleteFunc(b.assigned, func(m mapping) bool { return m.function == f })
+	b.functions[a.Device].Store(nil)
+	return nil
 }
 
 // WriteConfig is the guest's write of p to the ECAM at offset.

@@ -74,6 +74,8 @@ type Function struct {
 	// config is the configuration space. On a bus it is the guest's own view,
 	// see NewBus: the guest reads it at any time, and never writes it.
 	config    []byte
+	page      []byte // what config is the start of, on a bus
+	removed   bool
 	writable  [configSize]byte // the bits the guest may change
 	bars      [numBARs]bar
 	lastCap   int // offset of the last capability's header, 0 when there is none
@@ -192,6 +194,9 @@ func (f *Function) writeConfig(offset int, p []byte) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.removed {
+		return
+	}
 	for i, v := range p {
 		mask := f.writable[offset+i]
 		f.config[offset+i] = f.config[offset+i]&^mask | v&mask
@@ -206,6 +211,25 @@ func (f *Function) writeConfig(offset int, p []byte) {
 	if offset < f.hookEnd && end > f.hookStart {
 		f.written(f.config[f.hookStart:f.hookEnd], offset-f.hookStart, len(p))
 	}
+}
+
+// remove is the function's part of Bus.Remove. It says false when that was done
+// before.
+func (f *Function) remove() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.removed {
+		return false
+	}
+	f.removed = true
+	f.config[offCommand] &^= commandMemory
+	f.mapBARs()
+	if f.msix != nil {
+		f.msix.setControl(0) // no message any more
+	}
+	f.config = nil // the next function's
+	showAbsent(f.page)
+	return true
 }
 
 // mapBARs brings the bus and the handler in line with the command register and

@@ -76,7 +76,12 @@ func newHost(t testing.TB) *host {
 
 func newHostIn(t testing.TB, ecam []byte) *host {
 	t.Helper()
-	h := &host{dev: &fakeDevice{t: t}, ecam: ecam, bus: newBus(t, ecam)}
+	return newHostOn(t, newBus(t, ecam), ecam)
+}
+
+func newHostOn(t testing.TB, bus *Bus, ecam []byte) *host {
+	t.Helper()
+	h := &host{dev: &fakeDevice{t: t}, ecam: ecam, bus: bus}
 	h.dev.sizes[0], h.dev.sizes[2] = barSize, 16
 	h.fn = NewFunction(Identity{Vendor: 0x1af4, Device: 0x1042, SubsystemVendor: 0x1af4, Subsystem: 0x1100, Class: 0x018000, Revision: 1}, h.dev)
 	must := func(err error) {
@@ -368,6 +373,88 @@ func TestBusFillsUp(t *testing.T) {
 	}
 }
 
+func TestRemove(t *testing.T) {
+	h := newHost(t)
+	h.write(4, 2, commandMemory)
+	h.write(0x10, 4, windowStart+0x40000) // the guest moves BAR 0
+	h.write(h.capability(t, capMSIX, 0)+2, 2, controlEnable)
+	h.bus.WriteMMIO(windowStart+0x40000+tableOffset+12, []byte{0, 0, 0, 0})
+	h.fn.msix.Trigger(0)
+	if len(h.sent) != 1 || h.dev.mapped[0] != windowStart+0x40000 {
+		t.Fatalf("sent %+v, BAR 0 at %#x", h.sent, h.dev.mapped[0])
+	}
+	if err := h.bus.Remove(Address{Device: 0}); err != nil {
+		t.Fatal(err)
+	}
+	for offset := uint64(0); offset < functionSize; offset += 4 {
+		h.write(offset, 4, 0)
+		if got := h.read32(offset); got != 0xffffffff {
+			t.Fatalf("register %#x is %#x", offset, got)
+		}
+	}
+	for _, addr := range []uint64{windowStart, windowStart + barSize, windowStart + 0x40000} {
+		if h.bus.ReadMMIO(addr, make([]byte, 4)) || h.bus.WriteMMIO(addr, make([]byte, 4)) {
+			t.Errorf("an access at %#x was answered", addr)
+		}
+	}
+	h.fn.writeConfig(4, []byte{2, 0}) // of a vCPU that came late
+	h.fn.writeBAR(0, tableOffset, []byte{1, 0, 0, 0})
+	h.fn.msix.Trigger(0)
+	if len(h.sent) != 1 || h.dev.mapped != [numBARs]uint64{} || len(*h.bus.mappings.Load()) != 0 || h.read32(4) != 0xffffffff {
+		t.Errorf("sent %+v, BARs at %#x", h.sent, h.dev.mapped)
+	}
+	if _, err := h.bus.Add(h.fn); err == nil {
+		t.Error("a removed function was put on the bus again")
+	}
+	for _, device := range []uint8{0, 1, 31, 32, 255} {
+		if h.bus.Remove(Address{Device: device}) == nil {
+			t.Errorf("nothing was removed from device number %d", device)
+		}
+	}
+}
+
+// TestReuse removes functions from a full bus in any order, and finds that the
+// next ones get their places.
+func TestReuse(t *testing.T) {
+	b := newBus(t, make([]byte, ECAMSize))
+	add := func() (Address, uint32) {
+		t.Helper()
+		f := NewFunction(Identity{Vendor: 1}, &fakeDevice{t: t})
+		for bar, size := range map[int]uint32{0: barSize, 1: 16} {
+			if err := f.AddBAR(bar, size); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a, err := b.Add(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a, binary.LittleEndian.Uint32(b.page(int(a.Device))[offBARs:])
+	}
+	var bars [maxDevices]uint32
+	for i := range maxDevices {
+		_, bars[i] = add()
+	}
+	for round := range 200 {
+		i := round * 7 % maxDevices
+		if err := b.Remove(Address{Device: uint8(i)}); err != nil {
+			t.Fatal(err)
+		}
+		if a, bar := add(); int(a.Device) != i || bar != bars[i] {
+			t.Fatalf("round %d: %s with BAR 0 at %#x, want %d and %#x", round, a, bar, i, bars[i])
+		}
+	}
+	if err := b.Remove(Address{Device: 9}); err != nil {
+		t.Fatal(err)
+	}
+	// A guest puts a BAR where the next one would go.
+	b.WriteConfig(8*deviceSize+offBARs, binary.LittleEndian.AppendUint32(nil, bars[9]))
+	b.WriteConfig(8*deviceSize+offCommand, []byte{commandMemory, 0})
+	if a, bar := add(); a.Device != 9 || bar == bars[9] {
+		t.Errorf("%s with BAR 0 at %#x", a, bar)
+	}
+}
+
 func TestFunctionRefuses(t *testing.T) {
 	f := NewFunction(Identity{}, &fakeDevice{t: t})
 	for _, tc := range []struct {
@@ -409,6 +496,7 @@ func FuzzBus(f *testing.F) {
 	f.Add([]byte{0, 4, 2, 2, 0, 0, 0, 1, 0x10, 4, 0, 0, 0, 0xd0})
 	f.Add([]byte{0, 0x10, 4, 0xff, 0xff, 0xff, 0xff, 0, 4, 2, 2, 0, 0, 0})
 	f.Add([]byte{0, 4, 2, 2, 0, 0, 0, 2, 0, 0x10, 4, 1, 2, 3, 4, 3, 0, 0x20, 4})
+	f.Add([]byte{0, 4, 2, 2, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 4, 2, 2, 0, 0, 0})
 	ecam := make([]byte, ECAMSize) // too big to be made each time; NewBus fills what counts
 	f.Fuzz(func(t *testing.T, script []byte) {
 		h := newHostIn(t, ecam)
@@ -416,7 +504,12 @@ func FuzzBus(f *testing.F) {
 			op, offset, n := script[0], uint64(script[1]), int(script[2]%9)
 			value := append(bytes.Clone(script[3:7]), script[3:7]...)[:n]
 			addr := windowStart + offset<<8 | uint64(script[3])
-			switch script = script[7:]; op % 4 {
+			switch script = script[7:]; op % 5 {
+			case 4: // out and in again
+				if err := h.bus.Remove(Address{}); err != nil {
+					t.Fatal(err)
+				}
+				*h = *newHostOn(t, h.bus, ecam)
 			case 0:
 				h.bus.WriteConfig(h.base+offset, value)
 			case 1:

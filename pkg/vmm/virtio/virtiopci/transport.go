@@ -50,6 +50,7 @@ type Transport struct {
 	queueSelect         uint16
 	queues              []*queue
 	barAddr             uint64 // where the BAR is mapped, 0: nowhere
+	removed             bool
 }
 
 // queue is what the driver set up for a virtqueue and, once the device is
@@ -119,6 +120,15 @@ func (t *Transport) Reset() {
 	t.reset()
 }
 
+// Remove is Reset for a device whose function was taken off the bus: what a
+// driver that came too late writes has no effect.
+func (t *Transport) Remove() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.removed = true
+	t.reset()
+}
+
 // MapBAR is called when the driver moves the BAR: the doorbells move too.
 func (t *Transport) MapBAR(_ int, addr uint64) {
 	t.mu.Lock()
@@ -158,6 +168,12 @@ func (t *Transport) ReadBAR(_ int, offset uint64, p []byte) {
 	clear(p)
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.removed {
+		for i := range p {
+			p[i] = 0xff // as from where nothing is
+		}
+		return
+	}
 	part, offset := offset&^(partSize-1), offset&(partSize-1)
 	switch part {
 	case partCommon:
@@ -179,6 +195,9 @@ func (t *Transport) ReadBAR(_ int, offset uint64, p []byte) {
 func (t *Transport) WriteBAR(_ int, offset uint64, p []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.removed {
+		return
+	}
 	part, offset := offset&^(partSize-1), offset&(partSize-1)
 	switch part {
 	case partCommon:

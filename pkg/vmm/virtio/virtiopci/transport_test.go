@@ -299,6 +299,36 @@ func TestInitialization(t *testing.T) {
 	}
 }
 
+// TestRemove takes the function off the bus while the device is active.
+func TestRemove(t *testing.T) {
+	m := newMachine(t)
+	m.start()
+	resets := m.device.resets
+	if err := m.bus.Remove(pci.Address{}); err != nil {
+		t.Fatal(err)
+	}
+	if len(m.doorbells) != 0 || m.device.resets != resets {
+		t.Errorf("%d doorbells, %d resets", len(m.doorbells), m.device.resets-resets)
+	}
+	m.transport.Remove()
+	if m.device.activation != nil || m.device.resets != resets+1 {
+		t.Error("the device is still active")
+	}
+	// Accesses of a vCPU that came late.
+	p := []byte{1, 2, 3, 4}
+	if m.transport.ReadBAR(bar, offStatus, p); !bytes.Equal(p, []byte{0xff, 0xff, 0xff, 0xff}) {
+		t.Errorf("read %x", p)
+	}
+	for _, status := range []byte{0, statusAcknowledge, statusAcknowledge | statusDriver} {
+		m.transport.WriteBAR(bar, offStatus, []byte{status})
+	}
+	m.transport.WriteBAR(bar, partNotify, []byte{0, 0})
+	m.transport.WriteBAR(bar, partDevice, []byte{7})
+	if m.transport.status != 0 || m.device.config[0] != 0 || m.device.resets != resets+1 {
+		t.Errorf("status %#x, configuration %x", m.transport.status, m.device.config)
+	}
+}
+
 func TestQueueNotEnabled(t *testing.T) {
 	m := newMachine(t)
 	m.negotiate(virtio.FeatureVersion1)
