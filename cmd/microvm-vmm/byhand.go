@@ -26,6 +26,7 @@ func runByHand(log *slog.Logger, args []string) error {
 	memory := flags.Uint64("memory", 512, "memory in MiB")
 	share := flags.String("share", "", "directory to share as virtio-fs tag \"shared\"")
 	disk := flags.String("disk", "", "file or block device to attach as /dev/vda, read-only")
+	tap := flags.String("tap", "", "tap interface, made if need be, to attach as eth0")
 	appendix := flags.String("append", "", "kernel parameters to add")
 	debug := flags.Bool("debug", false, "serial debug console with all kernel messages")
 	phases := flags.Bool("phases", false, "print when each phase of the start was reached")
@@ -62,6 +63,10 @@ func runByHand(log *slog.Logger, args []string) error {
 		config.Disks = []control.Disk{{ReadOnly: true}}
 		err = errors.Join(err, open(control.FileDisk(0), *disk, unix.O_RDONLY))
 	}
+	if *tap != "" {
+		config.NICs = []control.NIC{{MAC: "02:00:00:00:00:01", QueuePairs: 1}}
+		err = errors.Join(err, open(control.FileTap(0, 0), "/dev/net/tun", unix.O_RDWR), setInterface(files[control.FileTap(0, 0)], *tap))
+	}
 	if err != nil {
 		return err
 	}
@@ -94,6 +99,19 @@ func runByHand(log *slog.Logger, args []string) error {
 	fmt.Fprintf(os.Stderr, "machine ended: %s\n", exit)
 	if exit.Reason != control.ReasonPowerOff {
 		os.Exit(2)
+	}
+	return nil
+}
+
+// setInterface makes /dev/net/tun, opened as file, the tap interface.
+func setInterface(file *os.File, name string) error {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return fmt.Errorf("tap %q: %w", name, err)
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(int(file.Fd()), unix.TUNSETIFF, ifr); err != nil {
+		return fmt.Errorf("tap %q: %w", name, err)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,7 +17,6 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/vmm"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
-	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/blk"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/console"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/rng"
@@ -36,6 +36,9 @@ type machine struct {
 	vsock   *vsock.Device
 	console *console.Device
 	log     *slog.Logger
+
+	mu      sync.Mutex
+	plugged map[string]plugged // by PCI address; protected by mu
 }
 
 // hooks are what a machine tells whoever runs it.
@@ -70,6 +73,7 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 			Log: log,
 		}),
 		console: console.New(files[control.FileConsole]),
+		plugged: make(map[string]plugged),
 	}
 	devices := []virtio.Device{
 		m.console,
@@ -83,16 +87,12 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 		}
 		devices = append(devices, share)
 	}
-	for i, disk := range config.Disks {
-		file := files[control.FileDisk(i)]
-		if file == nil {
-			return nil, fmt.Errorf("disk %d has no file", i)
-		}
-		device, err := blk.New(blk.Config{File: file, ReadOnly: disk.ReadOnly, Serial: disk.Serial, Log: log})
-		if err != nil {
-			return nil, fmt.Errorf("disk %d: %w", i, err)
-		}
-		devices = append(devices, device)
+	removable, err := bootDevices(config, files, log)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range removable {
+		devices = append(devices, p.device)
 	}
 
 	vc := vmm.Config{
@@ -114,9 +114,11 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	if config.DebugConsole {
 		vc.DebugConsole = files[control.FileConsole]
 	}
-	var err error
 	if m.Machine, err = vmm.New(vc); err != nil {
 		return nil, err
+	}
+	for _, p := range removable {
+		m.plugged[m.PCIAddress(p.device)] = p
 	}
 	return m, nil
 }
@@ -181,13 +183,13 @@ func (m *machine) run() control.Exit {
 	return control.Exit{Reason: exitReasons[exit.Reason], Detail: exit.Detail}
 }
 
-// stats adds the vCPUs' counters up.
+// stats adds the vCPUs' counters up, and has those of the NICs.
 func (m *machine) stats() (control.Stats, error) {
 	vcpus, err := m.VCPUStats()
 	if err != nil {
 		return control.Stats{}, err
 	}
-	s := control.Stats{Exits: map[string]uint64{}, KVM: map[string]uint64{}}
+	s := control.Stats{Exits: map[string]uint64{}, KVM: map[string]uint64{}, NICs: m.traffic()}
 	for _, v := range vcpus {
 		for reason, n := range v.Exits {
 			s.Exits[reason] += n

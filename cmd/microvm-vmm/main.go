@@ -79,10 +79,13 @@ func serve(log *slog.Logger) error {
 			Dial: func(ctx context.Context, port uint32) (*os.File, error) {
 				return machine.vsock.Dial(ctx, port)
 			},
-			Pause:  machine.Pause,
-			Resume: machine.Resume,
-			Stats:  machine.stats,
-			Stop:   machine.Stop,
+			Pause:      machine.Pause,
+			Resume:     machine.Resume,
+			Stats:      machine.stats,
+			AttachNIC:  machine.attachNIC,
+			AttachDisk: machine.attachDisk,
+			Detach:     machine.detach,
+			Stop:       machine.Stop,
 		}); err != nil {
 			log.Error("control socket", "error", err)
 		}

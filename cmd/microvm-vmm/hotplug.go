@@ -1,0 +1,143 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/blk"
+	virtionet "github.com/microvm-runtime/microvm/pkg/vmm/virtio/net"
+)
+
+// plugged is a device that can be detached: a NIC or a disk.
+type plugged struct {
+	device virtio.Device
+	// traffic is what a NIC counts; nil for a disk.
+	traffic func() control.NICStats
+	// close gives back the files, once the machine does not use them.
+	close func() error
+}
+
+// newNIC makes a NIC over the taps, which it closes: the device has copies.
+func newNIC(nic control.NIC, taps []*os.File, log *slog.Logger) (plugged, error) {
+	defer func() {
+		for _, tap := range taps {
+			tap.Close()
+		}
+	}()
+	mac, err := net.ParseMAC(nic.MAC)
+	if err != nil || len(mac) != 6 {
+		return plugged{}, fmt.Errorf("NIC: %q is no MAC address", nic.MAC)
+	}
+	device, err := virtionet.New(virtionet.Config{Taps: taps, MAC: [6]byte(mac), MTU: nic.MTU, Log: log.With("mac", nic.MAC)})
+	if err != nil {
+		return plugged{}, fmt.Errorf("NIC %s: %w", nic.MAC, err)
+	}
+	traffic := func() control.NICStats {
+		s := device.Stats()
+		return control.NICStats{MAC: nic.MAC, RX: control.LinkTraffic(s.RX), TX: control.LinkTraffic(s.TX)}
+	}
+	return plugged{device: device, traffic: traffic, close: device.Close}, nil
+}
+
+// newDisk makes a disk over the file, which belongs to it.
+func newDisk(disk control.Disk, file *os.File, log *slog.Logger) (plugged, error) {
+	device, err := blk.New(blk.Config{File: file, ReadOnly: disk.ReadOnly, Serial: disk.Serial, Log: log})
+	if err != nil {
+		file.Close()
+		return plugged{}, err
+	}
+	return plugged{device: device, close: file.Close}, nil
+}
+
+// bootDevices makes the disks and NICs that config has from the start.
+func bootDevices(config control.Config, files map[string]*os.File, log *slog.Logger) ([]plugged, error) {
+	var devices []plugged
+	for i, disk := range config.Disks {
+		file := files[control.FileDisk(i)]
+		if file == nil {
+			return nil, fmt.Errorf("disk %d has no file", i)
+		}
+		p, err := newDisk(disk, file, log)
+		if err != nil {
+			return nil, fmt.Errorf("disk %d: %w", i, err)
+		}
+		devices = append(devices, p)
+	}
+	for i, nic := range config.NICs {
+		var taps []*os.File
+		for pair := range nic.QueuePairs {
+			tap := files[control.FileTap(i, pair)]
+			if tap == nil {
+				return nil, fmt.Errorf("NIC %d has no tap for queue pair %d", i, pair)
+			}
+			taps = append(taps, tap)
+		}
+		p, err := newNIC(nic, taps, log)
+		if err != nil {
+			return nil, err
+		}
+		devices = append(devices, p)
+	}
+	return devices, nil
+}
+
+func (m *machine) attachNIC(nic control.NIC, taps []*os.File) (address string, err error) {
+	p, err := newNIC(nic, taps, m.log)
+	if err != nil {
+		return "", err
+	}
+	return m.attach(p)
+}
+
+func (m *machine) attachDisk(disk control.Disk, file *os.File) (address string, err error) {
+	p, err := newDisk(disk, file, m.log)
+	if err != nil {
+		return "", err
+	}
+	return m.attach(p)
+}
+
+func (m *machine) attach(p plugged) (address string, err error) {
+	m.mu.Lock() // so that nobody detaches it before it is listed
+	defer m.mu.Unlock()
+	address, err = m.Attach(p.device)
+	if err != nil {
+		return "", errors.Join(err, p.close())
+	}
+	m.plugged[address] = p
+	return address, nil
+}
+
+func (m *machine) detach(address string) error {
+	m.mu.Lock()
+	p, ok := m.plugged[address]
+	delete(m.plugged, address)
+	m.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("there is no NIC or disk at %q", address)
+	}
+	// It waits for the device, which may have requests with the host. It fails
+	// only when the machine has ended, and then nobody asks for the device again.
+	if err := m.Detach(address); err != nil {
+		return err
+	}
+	return p.close()
+}
+
+// traffic is what the NICs count, by PCI address.
+func (m *machine) traffic() map[string]control.NICStats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	stats := make(map[string]control.NICStats)
+	for address, p := range m.plugged {
+		if p.traffic != nil {
+			stats[address] = p.traffic()
+		}
+	}
+	return stats
+}
