@@ -17,9 +17,9 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 )
 
-func tempFile(t *testing.T, content []byte) *os.File {
+func tempFile(t *testing.T, name string, content []byte) *os.File {
 	t.Helper()
-	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	file, err := os.Create(filepath.Join(t.TempDir(), name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,13 +82,22 @@ func openTaps(t *testing.T, queues int) []*os.File {
 	return taps
 }
 
+// descriptors is the number of open taps and disks. Other files that are not
+// used any more may be closed at any time.
 func descriptors(t *testing.T) int {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return len(entries)
+	n := 0
+	for _, e := range entries {
+		file, _ := os.Readlink("/proc/self/fd/" + e.Name())
+		if file == "/dev/net/tun" || filepath.Base(file) == "disk" {
+			n++
+		}
+	}
+	return n
 }
 
 // startMachine runs a machine whose guest does nothing, with a disk and a NIC.
@@ -104,8 +113,8 @@ func startMachine(t *testing.T) *machine {
 		Disks: []control.Disk{{Serial: "boot"}},
 		NICs:  []control.NIC{{MAC: "02:00:00:00:00:01", MTU: 1450, QueuePairs: 2}},
 	}, map[string]*os.File{
-		control.FileKVM: kvm, control.FileKernel: tempFile(t, spinning()), control.FileImage: tempFile(t, make([]byte, 512)),
-		control.FileConsole: tempFile(t, nil), control.FileDisk(0): tempFile(t, make([]byte, 512)),
+		control.FileKVM: kvm, control.FileKernel: tempFile(t, "kernel", spinning()), control.FileImage: tempFile(t, "image", make([]byte, 512)),
+		control.FileConsole: tempFile(t, "console", nil), control.FileDisk(0): tempFile(t, "disk", make([]byte, 512)),
 		control.FileTap(0, 0): taps[0], control.FileTap(0, 1): taps[1],
 	}, slog.New(slog.NewTextHandler(io.Discard, nil)), hooks{phase: func(string) {}, running: func() {}})
 	if err != nil {
@@ -117,7 +126,13 @@ func startMachine(t *testing.T) *machine {
 			t.Errorf("exit %v", exit)
 		}
 	})
-	t.Cleanup(func() { m.Stop(); running.Wait() })
+	t.Cleanup(func() {
+		m.Stop()
+		running.Wait()
+		for _, p := range m.plugged {
+			p.close()
+		}
+	})
 	return m
 }
 
@@ -148,7 +163,7 @@ func TestHotplug(t *testing.T) {
 		if err := m.detach(at); err != nil {
 			t.Fatal(err)
 		}
-		if at, err = m.attachDisk(control.Disk{ReadOnly: true}, tempFile(t, make([]byte, 512))); at != next || err != nil {
+		if at, err = m.attachDisk(control.Disk{ReadOnly: true}, tempFile(t, "disk", make([]byte, 512))); at != next || err != nil {
 			t.Fatalf("disk at %q, %v", at, err)
 		}
 		if err := m.detach(at); err != nil {
@@ -166,10 +181,10 @@ func TestHotplug(t *testing.T) {
 			return err
 		},
 		"not a tap": func() error {
-			_, err := m.attachNIC(control.NIC{MAC: "02:00:00:00:00:03"}, []*os.File{tempFile(t, nil)})
+			_, err := m.attachNIC(control.NIC{MAC: "02:00:00:00:00:03"}, []*os.File{tempFile(t, "disk", nil)})
 			return err
 		},
-		"empty disk":     func() error { _, err := m.attachDisk(control.Disk{}, tempFile(t, nil)); return err },
+		"empty disk":     func() error { _, err := m.attachDisk(control.Disk{}, tempFile(t, "disk", nil)); return err },
 		"the console":    func() error { return m.detach("0000:00:01.0") },
 		"no such device": func() error { return m.detach(next) },
 	} {
@@ -185,7 +200,7 @@ func TestHotplug(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if n := descriptors(t); n >= before {
+	if n := descriptors(t); n != before-3 { // a disk and two taps
 		t.Errorf("after the first devices went %d descriptors became %d", before, n)
 	}
 }
@@ -194,12 +209,12 @@ func TestHotplugFull(t *testing.T) {
 	m := startMachine(t)
 	content := make([]byte, 512)
 	for range 32 - 7 {
-		if _, err := m.attachDisk(control.Disk{}, tempFile(t, content)); err != nil {
+		if _, err := m.attachDisk(control.Disk{}, tempFile(t, "disk", content)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	before := descriptors(t)
-	if _, err := m.attachDisk(control.Disk{}, tempFile(t, content)); err == nil || !strings.Contains(err.Error(), "full") {
+	if _, err := m.attachDisk(control.Disk{}, tempFile(t, "disk", content)); err == nil || !strings.Contains(err.Error(), "full") {
 		t.Errorf("one disk too many: %v", err)
 	}
 	if _, err := m.attachNIC(control.NIC{MAC: "02:00:00:00:00:02", QueuePairs: 1}, openTaps(t, 1)); err == nil || !strings.Contains(err.Error(), "full") {
