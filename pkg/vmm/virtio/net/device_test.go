@@ -132,7 +132,7 @@ func TestNewRefuses(t *testing.T) {
 		done := make(chan error)
 		l.do <- func() {
 			var err error
-			f, err = openTap(flags, false)
+			f, err = openTap(linkName, flags, false)
 			done <- err
 		}
 		if err := <-done; err != nil {

@@ -55,7 +55,7 @@ func (l *link) open(queues int) error {
 		return err
 	}
 	for range queues {
-		tap, err := openTap(unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_VNET_HDR, queues > 1)
+		tap, err := openTap(linkName, unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_VNET_HDR, queues > 1)
 		if err != nil {
 			return err
 		}
@@ -83,13 +83,13 @@ func (l *link) open(queues int) error {
 		unix.Bind(l.packet, &unix.SockaddrLinklayer{Protocol: all, Ifindex: device.Attrs().Index}))
 }
 
-// openTap opens a queue of linkName in the caller's namespace.
-func openTap(flags uint16, multiQueue bool) (*os.File, error) {
+// openTap opens a queue of a tap in the caller's namespace.
+func openTap(name string, flags uint16, multiQueue bool) (*os.File, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
-	ifr, err := unix.NewIfreq(linkName)
+	ifr, err := unix.NewIfreq(name)
 	if err != nil {
 		return nil, err
 	}
