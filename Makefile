@@ -68,8 +68,8 @@ unit: ## tests that run anywhere, tiny guests on /dev/kvm among them, under the 
 	CGO_ENABLED=1 go test -race -timeout 6m ./...
 
 .PHONY: privileged
-privileged: ## tests that mount and make cgroups on this host: they need root
-	go test -count=1 -tags privileged ./pkg/shim/... ./pkg/vmm/virtio/fs/passthrough
+privileged: ## tests that mount and make cgroups and network namespaces on this host: they need root
+	go test -count=1 -tags privileged ./pkg/shim/... ./pkg/agent ./pkg/vmm/virtio/fs/passthrough
 
 .PHONY: test-agent
 test-agent: kernel ## the agent's tests, as the first process of a machine under QEMU's emulation

@@ -53,7 +53,10 @@ type Agent struct {
 	streams *streamHub
 	events  *eventQueue
 	oom     *oomWatch
-	ready   int64
+	network *guestNetwork
+	// forwards has an element for each connection of Forward.
+	forwards chan struct{}
+	ready    int64
 
 	shutdown     chan struct{}
 	shutdownOnce sync.Once
@@ -74,6 +77,8 @@ func New(config Config) (*Agent, error) {
 		log:        config.Log,
 		streams:    newStreamHub(config.Log),
 		events:     newEventQueue(config.Log),
+		network:    &guestNetwork{sys: "/sys", index: make(map[deviceKey]int)},
+		forwards:   make(chan struct{}, maxForwards),
 		shutdown:   make(chan struct{}),
 		containers: make(map[string]*container),
 	}
@@ -136,6 +141,10 @@ func (a *Agent) ConfigureSandbox(_ context.Context, r *agentproto.ConfigureSandb
 		if err := unix.Sethostname([]byte(name)); err != nil {
 			return nil, fmt.Errorf("set the host name to %q: %w", name, err)
 		}
+	}
+	// Before the sysctls: they may be about its links.
+	if err := a.network.update(r.GetNetwork()); err != nil {
+		return nil, err
 	}
 	for name, value := range r.GetSysctls() {
 		if err := guest.WriteSysctl(name, value); err != nil {

@@ -54,17 +54,17 @@ func readReady(src syscall.Conn, taken *tally) (buf *[]byte, n int, err error) {
 	return buf, n, err
 }
 
-// copyStream copies src to dst until either ends.
-func copyStream(dst io.Writer, src syscall.Conn) {
+// copyStream copies src to dst until either ends; the end of src is no error.
+func copyStream(dst io.Writer, src syscall.Conn) error {
 	for {
 		buf, n, err := readReady(src, nil)
 		if n == 0 || err != nil {
-			return
+			return err
 		}
 		_, err = dst.Write((*buf)[:n])
 		copyBuffers.Put(buf)
 		if err != nil {
-			return
+			return err
 		}
 	}
 }

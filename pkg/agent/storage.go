@@ -57,7 +57,7 @@ func mountStorage(sys, root string, s *agentproto.Storage) error {
 	if err != nil || rel == "." || !filepath.IsLocal(rel) {
 		return fmt.Errorf("mount point is not below %s: %w", root, errdefs.ErrInvalidArgument)
 	}
-	name, err := awaitBlockDevice(sys, s.PciAddress, deviceTimeout)
+	name, err := awaitDevice(sys, s.PciAddress, "block", blockPaths, deviceTimeout)
 	if err != nil {
 		return err
 	}
@@ -118,9 +118,10 @@ func unmountBelow(dir string) error {
 	return errors.Join(errs...)
 }
 
-// awaitBlockDevice returns the name of the block device that a virtio function
-// is, below /dev. One that was put on the bus after boot appears after a rescan.
-func awaitBlockDevice(sys, address string, timeout time.Duration) (string, error) {
+// awaitDevice returns the name of the device of a kind that a virtio function
+// is; paths are where it may be. One that was put on the bus after boot appears
+// after a rescan.
+func awaitDevice(sys, address, kind string, paths []string, timeout time.Duration) (string, error) {
 	if !pciAddress.MatchString(address) {
 		return "", fmt.Errorf("invalid PCI address %q: %w", address, errdefs.ErrInvalidArgument)
 	}
@@ -131,7 +132,7 @@ func awaitBlockDevice(sys, address string, timeout time.Duration) (string, error
 		}
 	}
 	for deadline := time.Now().Add(timeout); ; time.Sleep(devicePoll) {
-		for _, path := range blockPaths {
+		for _, path := range paths {
 			found, err := filepath.Glob(filepath.Join(function, path))
 			if err != nil {
 				return "", err
@@ -141,7 +142,7 @@ func awaitBlockDevice(sys, address string, timeout time.Duration) (string, error
 			}
 		}
 		if time.Now().After(deadline) {
-			return "", fmt.Errorf("no block device at PCI address %s: %w", address, errdefs.ErrNotFound)
+			return "", fmt.Errorf("no %s device at PCI address %s: %w", kind, address, errdefs.ErrNotFound)
 		}
 	}
 }

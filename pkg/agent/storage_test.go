@@ -35,7 +35,7 @@ func TestBlockDevice(t *testing.T) {
 		"bus/pci/devices/0000:00:05.0/virtio3/net/eth0",
 	)
 	for address, want := range map[string]string{"0000:00:03.0": "vdb", "0000:00:04.0": "pmem1"} {
-		got, err := awaitBlockDevice(sys, address, 0)
+		got, err := awaitDevice(sys, address, "block", blockPaths, 0)
 		if err != nil || got != want {
 			t.Errorf("%s is %q, %v", address, got, err)
 		}
@@ -45,7 +45,7 @@ func TestBlockDevice(t *testing.T) {
 	}
 	// Another kind of device, and one that does not come.
 	for _, address := range []string{"0000:00:05.0", "0000:00:06.0"} {
-		if _, err := awaitBlockDevice(sys, address, 0); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), address) {
+		if _, err := awaitDevice(sys, address, "block", blockPaths, 0); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), address) {
 			t.Errorf("%s: %v", address, err)
 		}
 	}
@@ -53,7 +53,7 @@ func TestBlockDevice(t *testing.T) {
 		t.Errorf("rescan %q", rescan)
 	}
 	for _, address := range []string{"", "..", "0000:00:03.0/../0000:00:04.0", "00:03.0", "0000:00:03.8", "0000:00:*", "0000:00:40.0"} {
-		if _, err := awaitBlockDevice(sys, address, 0); !errdefs.IsInvalidArgument(err) {
+		if _, err := awaitDevice(sys, address, "block", blockPaths, 0); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%q: %v", address, err)
 		}
 	}
@@ -70,7 +70,7 @@ func TestBlockDeviceLate(t *testing.T) {
 		}
 		os.MkdirAll(filepath.Join(sys, "bus/pci/devices/0000:00:07.0/virtio1/block/vdc"), 0o755)
 	}()
-	got, err := awaitBlockDevice(sys, "0000:00:07.0", time.Minute)
+	got, err := awaitDevice(sys, "0000:00:07.0", "block", blockPaths, time.Minute)
 	if err != nil || got != "vdc" {
 		t.Errorf("%q, %v", got, err)
 	}

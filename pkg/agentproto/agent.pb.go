@@ -189,7 +189,9 @@ type ConfigureSandboxRequest struct {
 	// Sysctls of the namespaces that the whole sandbox shares.
 	Sysctls map[string]string `protobuf:"bytes,3,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The host's wall clock.
-	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	Time *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	// Links, addresses and routes. None: there is the loopback only.
+	Network       *Network `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -248,6 +250,13 @@ func (x *ConfigureSandboxRequest) GetSysctls() map[string]string {
 func (x *ConfigureSandboxRequest) GetTime() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Time
+	}
+	return nil
+}
+
+func (x *ConfigureSandboxRequest) GetNetwork() *Network {
+	if x != nil {
+		return x.Network
 	}
 	return nil
 }
@@ -1256,6 +1265,542 @@ func (x *OOMKill) GetContainerId() string {
 	return ""
 }
 
+// Network is all of the sandbox's network but the loopback. Interfaces are
+// named by their name everywhere but in Interface itself.
+type Network struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Interfaces []*Interface           `protobuf:"bytes,1,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	// Of the table main, in any order. The interfaces' own addresses make none.
+	Routes        []*Route     `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	Neighbours    []*Neighbour `protobuf:"bytes,3,rep,name=neighbours,proto3" json:"neighbours,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Network) Reset() {
+	*x = Network{}
+	mi := &file_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Network) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Network) ProtoMessage() {}
+
+func (x *Network) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Network.ProtoReflect.Descriptor instead.
+func (*Network) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Network) GetInterfaces() []*Interface {
+	if x != nil {
+		return x.Interfaces
+	}
+	return nil
+}
+
+func (x *Network) GetRoutes() []*Route {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *Network) GetNeighbours() []*Neighbour {
+	if x != nil {
+		return x.Neighbours
+	}
+	return nil
+}
+
+type Interface struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which device of the guest it is: by PCI address for one that came after
+	// boot, and by MAC address (02:00:00:00:00:01) if that is empty.
+	PciAddress string `protobuf:"bytes,1,opt,name=pci_address,json=pciAddress,proto3" json:"pci_address,omitempty"`
+	Mac        string `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
+	// What it is to be called.
+	Name      string     `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Mtu       uint32     `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Addresses []*Address `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// net.ipv6.conf.NAME.disable_ipv6 and accept_ra.
+	Ipv6Disabled  bool   `protobuf:"varint,6,opt,name=ipv6_disabled,json=ipv6Disabled,proto3" json:"ipv6_disabled,omitempty"`
+	AcceptRa      uint32 `protobuf:"varint,7,opt,name=accept_ra,json=acceptRa,proto3" json:"accept_ra,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Interface) Reset() {
+	*x = Interface{}
+	mi := &file_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Interface) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Interface) ProtoMessage() {}
+
+func (x *Interface) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Interface.ProtoReflect.Descriptor instead.
+func (*Interface) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Interface) GetPciAddress() string {
+	if x != nil {
+		return x.PciAddress
+	}
+	return ""
+}
+
+func (x *Interface) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *Interface) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Interface) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *Interface) GetAddresses() []*Address {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Interface) GetIpv6Disabled() bool {
+	if x != nil {
+		return x.Ipv6Disabled
+	}
+	return false
+}
+
+func (x *Interface) GetAcceptRa() uint32 {
+	if x != nil {
+		return x.AcceptRa
+	}
+	return 0
+}
+
+type Address struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 192.0.2.1/24. It is proven to be unique: the guest doesn't probe for it.
+	Prefix string `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	// The other end of a point-to-point link, as prefix; empty for none.
+	Peer string `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"`
+	// Empty for none.
+	Broadcast string `protobuf:"bytes,3,opt,name=broadcast,proto3" json:"broadcast,omitempty"`
+	// RT_SCOPE_*.
+	Scope         uint32 `protobuf:"varint,4,opt,name=scope,proto3" json:"scope,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Address) Reset() {
+	*x = Address{}
+	mi := &file_agent_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Address) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Address) ProtoMessage() {}
+
+func (x *Address) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Address.ProtoReflect.Descriptor instead.
+func (*Address) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Address) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *Address) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *Address) GetBroadcast() string {
+	if x != nil {
+		return x.Broadcast
+	}
+	return ""
+}
+
+func (x *Address) GetScope() uint32 {
+	if x != nil {
+		return x.Scope
+	}
+	return 0
+}
+
+type Route struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As prefix: a default route is 0.0.0.0/0 or ::/0.
+	Destination string `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
+	// Preferred source address; empty for none.
+	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// RTN_*, RTPROT_*, RT_SCOPE_*.
+	Type     uint32 `protobuf:"varint,3,opt,name=type,proto3" json:"type,omitempty"`
+	Protocol uint32 `protobuf:"varint,4,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Scope    uint32 `protobuf:"varint,5,opt,name=scope,proto3" json:"scope,omitempty"`
+	Metric   uint32 `protobuf:"varint,6,opt,name=metric,proto3" json:"metric,omitempty"`
+	// Zero for those of the interface.
+	Mtu    uint32 `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Advmss uint32 `protobuf:"varint,8,opt,name=advmss,proto3" json:"advmss,omitempty"`
+	// None for a route that only refuses.
+	Hops          []*NextHop `protobuf:"bytes,9,rep,name=hops,proto3" json:"hops,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Route) Reset() {
+	*x = Route{}
+	mi := &file_agent_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Route) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Route) ProtoMessage() {}
+
+func (x *Route) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Route.ProtoReflect.Descriptor instead.
+func (*Route) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Route) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Route) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Route) GetType() uint32 {
+	if x != nil {
+		return x.Type
+	}
+	return 0
+}
+
+func (x *Route) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *Route) GetScope() uint32 {
+	if x != nil {
+		return x.Scope
+	}
+	return 0
+}
+
+func (x *Route) GetMetric() uint32 {
+	if x != nil {
+		return x.Metric
+	}
+	return 0
+}
+
+func (x *Route) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *Route) GetAdvmss() uint32 {
+	if x != nil {
+		return x.Advmss
+	}
+	return 0
+}
+
+func (x *Route) GetHops() []*NextHop {
+	if x != nil {
+		return x.Hops
+	}
+	return nil
+}
+
+type NextHop struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Interface string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	// Empty for what is on the link. May be of the other address family.
+	Gateway string `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Onlink  bool   `protobuf:"varint,3,opt,name=onlink,proto3" json:"onlink,omitempty"`
+	// 1 to 256, where a route has several.
+	Weight        uint32 `protobuf:"varint,4,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NextHop) Reset() {
+	*x = NextHop{}
+	mi := &file_agent_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NextHop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NextHop) ProtoMessage() {}
+
+func (x *NextHop) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
+func (*NextHop) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *NextHop) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *NextHop) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *NextHop) GetOnlink() bool {
+	if x != nil {
+		return x.Onlink
+	}
+	return false
+}
+
+func (x *NextHop) GetWeight() uint32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+// Neighbour is a permanent entry of the ARP or NDP table.
+type Neighbour struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Mac           string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Neighbour) Reset() {
+	*x = Neighbour{}
+	mi := &file_agent_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Neighbour) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Neighbour) ProtoMessage() {}
+
+func (x *Neighbour) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
+func (*Neighbour) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *Neighbour) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Neighbour) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Neighbour) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+type ForwardRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Stream uint64                 `protobuf:"varint,1,opt,name=stream,proto3" json:"stream,omitempty"`
+	Port   uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	// Try ::1 before 127.0.0.1.
+	Ipv6First     bool `protobuf:"varint,3,opt,name=ipv6_first,json=ipv6First,proto3" json:"ipv6_first,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardRequest) Reset() {
+	*x = ForwardRequest{}
+	mi := &file_agent_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardRequest) ProtoMessage() {}
+
+func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
+func (*ForwardRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ForwardRequest) GetStream() uint64 {
+	if x != nil {
+		return x.Stream
+	}
+	return 0
+}
+
+func (x *ForwardRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *ForwardRequest) GetIpv6First() bool {
+	if x != nil {
+		return x.Ipv6First
+	}
+	return false
+}
+
 var File_agent_proto protoreflect.FileDescriptor
 
 const file_agent_proto_rawDesc = "" +
@@ -1271,13 +1816,14 @@ const file_agent_proto_rawDesc = "" +
 	"\vcpus_online\x18\x06 \x01(\rR\n" +
 	"cpusOnline\x12)\n" +
 	"\x10init_nanoseconds\x18\a \x01(\x04R\x0finitNanoseconds\x12+\n" +
-	"\x11ready_nanoseconds\x18\b \x01(\x04R\x10readyNanoseconds\"\x92\x02\n" +
+	"\x11ready_nanoseconds\x18\b \x01(\x04R\x10readyNanoseconds\"\xc7\x02\n" +
 	"\x17ConfigureSandboxRequest\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x1d\n" +
 	"\n" +
 	"shared_tag\x18\x02 \x01(\tR\tsharedTag\x12P\n" +
 	"\asysctls\x18\x03 \x03(\v26.microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntryR\asysctls\x12.\n" +
-	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x1a:\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x123\n" +
+	"\anetwork\x18\x05 \x01(\v2\x19.microvm.agent.v1.NetworkR\anetwork\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
@@ -1342,8 +1888,53 @@ const file_agent_proto_rawDesc = "" +
 	"\boom_kill\x18\x02 \x01(\v2\x19.microvm.agent.v1.OOMKillH\x00R\aoomKillB\x06\n" +
 	"\x04kind\",\n" +
 	"\aOOMKill\x12!\n" +
-	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId2\x9f\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\xb4\x01\n" +
+	"\aNetwork\x12;\n" +
 	"\n" +
+	"interfaces\x18\x01 \x03(\v2\x1b.microvm.agent.v1.InterfaceR\n" +
+	"interfaces\x12/\n" +
+	"\x06routes\x18\x02 \x03(\v2\x17.microvm.agent.v1.RouteR\x06routes\x12;\n" +
+	"\n" +
+	"neighbours\x18\x03 \x03(\v2\x1b.microvm.agent.v1.NeighbourR\n" +
+	"neighbours\"\xdf\x01\n" +
+	"\tInterface\x12\x1f\n" +
+	"\vpci_address\x18\x01 \x01(\tR\n" +
+	"pciAddress\x12\x10\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x127\n" +
+	"\taddresses\x18\x05 \x03(\v2\x19.microvm.agent.v1.AddressR\taddresses\x12#\n" +
+	"\ripv6_disabled\x18\x06 \x01(\bR\fipv6Disabled\x12\x1b\n" +
+	"\taccept_ra\x18\a \x01(\rR\bacceptRa\"i\n" +
+	"\aAddress\x12\x16\n" +
+	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x12\n" +
+	"\x04peer\x18\x02 \x01(\tR\x04peer\x12\x1c\n" +
+	"\tbroadcast\x18\x03 \x01(\tR\tbroadcast\x12\x14\n" +
+	"\x05scope\x18\x04 \x01(\rR\x05scope\"\xf8\x01\n" +
+	"\x05Route\x12 \n" +
+	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\rR\x04type\x12\x1a\n" +
+	"\bprotocol\x18\x04 \x01(\rR\bprotocol\x12\x14\n" +
+	"\x05scope\x18\x05 \x01(\rR\x05scope\x12\x16\n" +
+	"\x06metric\x18\x06 \x01(\rR\x06metric\x12\x10\n" +
+	"\x03mtu\x18\a \x01(\rR\x03mtu\x12\x16\n" +
+	"\x06advmss\x18\b \x01(\rR\x06advmss\x12-\n" +
+	"\x04hops\x18\t \x03(\v2\x19.microvm.agent.v1.NextHopR\x04hops\"q\n" +
+	"\aNextHop\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
+	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
+	"\x06onlink\x18\x03 \x01(\bR\x06onlink\x12\x16\n" +
+	"\x06weight\x18\x04 \x01(\rR\x06weight\"U\n" +
+	"\tNeighbour\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\"[\n" +
+	"\x0eForwardRequest\x12\x16\n" +
+	"\x06stream\x18\x01 \x01(\x04R\x06stream\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1d\n" +
+	"\n" +
+	"ipv6_first\x18\x03 \x01(\bR\tipv6First2\xa8\v\n" +
 	"\x05Agent\x12E\n" +
 	"\x04Info\x12\x1d.microvm.agent.v1.InfoRequest\x1a\x1e.microvm.agent.v1.InfoResponse\x12U\n" +
 	"\x10ConfigureSandbox\x12).microvm.agent.v1.ConfigureSandboxRequest\x1a\x16.google.protobuf.Empty\x12d\n" +
@@ -1359,7 +1950,9 @@ const file_agent_proto_rawDesc = "" +
 	"\x0ePauseContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
 	"\x0fResumeContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12S\n" +
 	"\x0fUpdateContainer\x12(.microvm.agent.v1.UpdateContainerRequest\x1a\x16.google.protobuf.Empty\x12^\n" +
-	"\x0eContainerStats\x12\".microvm.agent.v1.ContainerRequest\x1a(.microvm.agent.v1.ContainerStatsResponse\x12D\n" +
+	"\x0eContainerStats\x12\".microvm.agent.v1.ContainerRequest\x1a(.microvm.agent.v1.ContainerStatsResponse\x12B\n" +
+	"\rUpdateNetwork\x12\x19.microvm.agent.v1.Network\x1a\x16.google.protobuf.Empty\x12C\n" +
+	"\aForward\x12 .microvm.agent.v1.ForwardRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
 	"\x06Events\x12\x1f.microvm.agent.v1.EventsRequest\x1a\x17.microvm.agent.v1.Event0\x01\x12:\n" +
 	"\bShutdown\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.EmptyB>Z<github.com/microvm-runtime/microvm/pkg/agentproto;agentprotob\x06proto3"
 
@@ -1375,7 +1968,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),             // 0: microvm.agent.v1.InfoRequest
 	(*InfoResponse)(nil),            // 1: microvm.agent.v1.InfoResponse
@@ -1398,59 +1991,76 @@ var file_agent_proto_goTypes = []any{
 	(*EventsRequest)(nil),           // 18: microvm.agent.v1.EventsRequest
 	(*Event)(nil),                   // 19: microvm.agent.v1.Event
 	(*OOMKill)(nil),                 // 20: microvm.agent.v1.OOMKill
-	nil,                             // 21: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),   // 22: google.protobuf.Timestamp
-	(*anypb.Any)(nil),               // 23: google.protobuf.Any
-	(*emptypb.Empty)(nil),           // 24: google.protobuf.Empty
+	(*Network)(nil),                 // 21: microvm.agent.v1.Network
+	(*Interface)(nil),               // 22: microvm.agent.v1.Interface
+	(*Address)(nil),                 // 23: microvm.agent.v1.Address
+	(*Route)(nil),                   // 24: microvm.agent.v1.Route
+	(*NextHop)(nil),                 // 25: microvm.agent.v1.NextHop
+	(*Neighbour)(nil),               // 26: microvm.agent.v1.Neighbour
+	(*ForwardRequest)(nil),          // 27: microvm.agent.v1.ForwardRequest
+	nil,                             // 28: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),   // 29: google.protobuf.Timestamp
+	(*anypb.Any)(nil),               // 30: google.protobuf.Any
+	(*emptypb.Empty)(nil),           // 31: google.protobuf.Empty
 }
 var file_agent_proto_depIdxs = []int32{
-	21, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	22, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
-	3,  // 2: microvm.agent.v1.CreateContainerRequest.streams:type_name -> microvm.agent.v1.Streams
-	5,  // 3: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
-	3,  // 4: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
-	22, // 5: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
-	15, // 6: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
-	23, // 7: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
-	22, // 8: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
-	20, // 9: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
-	0,  // 10: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
-	2,  // 11: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
-	4,  // 12: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
-	7,  // 13: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
-	8,  // 14: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
-	8,  // 15: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
-	11, // 16: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
-	12, // 17: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
-	8,  // 18: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
-	13, // 19: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
-	13, // 20: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
-	13, // 21: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
-	16, // 22: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
-	13, // 23: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
-	18, // 24: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
-	24, // 25: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
-	1,  // 26: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
-	24, // 27: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
-	6,  // 28: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
-	24, // 29: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
-	9,  // 30: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
-	10, // 31: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
-	24, // 32: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
-	24, // 33: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
-	24, // 34: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
-	14, // 35: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
-	24, // 36: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
-	24, // 37: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
-	24, // 38: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
-	17, // 39: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	19, // 40: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
-	24, // 41: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
-	26, // [26:42] is the sub-list for method output_type
-	10, // [10:26] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	28, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	29, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
+	21, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
+	3,  // 3: microvm.agent.v1.CreateContainerRequest.streams:type_name -> microvm.agent.v1.Streams
+	5,  // 4: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
+	3,  // 5: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
+	29, // 6: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	15, // 7: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
+	30, // 8: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
+	29, // 9: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
+	20, // 10: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
+	22, // 11: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
+	24, // 12: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
+	26, // 13: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
+	23, // 14: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
+	25, // 15: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
+	0,  // 16: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
+	2,  // 17: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
+	4,  // 18: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
+	7,  // 19: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
+	8,  // 20: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
+	8,  // 21: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
+	11, // 22: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
+	12, // 23: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
+	8,  // 24: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
+	13, // 25: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
+	13, // 26: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
+	13, // 27: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
+	16, // 28: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
+	13, // 29: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
+	21, // 30: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
+	27, // 31: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
+	18, // 32: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
+	31, // 33: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
+	1,  // 34: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
+	31, // 35: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
+	6,  // 36: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
+	31, // 37: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
+	9,  // 38: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
+	10, // 39: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
+	31, // 40: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
+	31, // 41: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
+	31, // 42: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
+	14, // 43: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
+	31, // 44: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
+	31, // 45: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
+	31, // 46: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
+	17, // 47: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	31, // 48: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
+	31, // 49: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
+	19, // 50: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
+	31, // 51: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
+	34, // [34:52] is the sub-list for method output_type
+	16, // [16:34] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -1467,7 +2077,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

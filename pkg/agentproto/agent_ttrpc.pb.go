@@ -23,6 +23,8 @@ type AgentService interface {
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*emptypb.Empty, error)
 	ContainerStats(context.Context, *ContainerRequest) (*ContainerStatsResponse, error)
+	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
+	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest, Agent_EventsServer) error
 	Shutdown(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
 }
@@ -141,6 +143,20 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.ContainerStats(ctx, &req)
 			},
+			"UpdateNetwork": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req Network
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.UpdateNetwork(ctx, &req)
+			},
+			"Forward": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ForwardRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Forward(ctx, &req)
+			},
 			"Shutdown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req emptypb.Empty
 				if err := unmarshal(&req); err != nil {
@@ -180,6 +196,8 @@ type AgentClient interface {
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*emptypb.Empty, error)
 	ContainerStats(context.Context, *ContainerRequest) (*ContainerStatsResponse, error)
+	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
+	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest) (Agent_EventsClient, error)
 	Shutdown(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
 }
@@ -301,6 +319,22 @@ func (c *agentClient) UpdateContainer(ctx context.Context, req *UpdateContainerR
 func (c *agentClient) ContainerStats(ctx context.Context, req *ContainerRequest) (*ContainerStatsResponse, error) {
 	var resp ContainerStatsResponse
 	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "ContainerStats", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) UpdateNetwork(ctx context.Context, req *Network) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "UpdateNetwork", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Forward(ctx context.Context, req *ForwardRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "Forward", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -129,7 +129,7 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	}
 	info, err := s.agent.Info(ctx)
 	if err == nil {
-		err = s.agent.ConfigureSandbox(ctx, c.hostname, sharedTag, nil)
+		err = s.agent.ConfigureSandbox(ctx, c.hostname, sharedTag, nil, nil)
 	}
 	if err != nil {
 		return s.logs.describe(s.bootError(ctx, err))

@@ -149,8 +149,8 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 	}, nil
 }
 
-// ConfigureSandbox sets what all containers share.
-func (c *Client) ConfigureSandbox(ctx context.Context, hostname, sharedTag string, sysctls map[string]string) error {
+// ConfigureSandbox sets what all containers share. A nil network is none.
+func (c *Client) ConfigureSandbox(ctx context.Context, hostname, sharedTag string, sysctls map[string]string, network *agentproto.Network) error {
 	ctx, cancel := context.WithTimeout(ctx, quick)
 	defer cancel()
 	_, err := c.rpc.ConfigureSandbox(ctx, &agentproto.ConfigureSandboxRequest{
@@ -158,7 +158,25 @@ func (c *Client) ConfigureSandbox(ctx context.Context, hostname, sharedTag strin
 		SharedTag: sharedTag,
 		Sysctls:   sysctls,
 		Time:      timestamppb.Now(),
+		Network:   network,
 	})
+	return err
+}
+
+// UpdateNetwork replaces the network.
+func (c *Client) UpdateNetwork(ctx context.Context, network *agentproto.Network) error {
+	ctx, cancel := context.WithTimeout(ctx, quick)
+	defer cancel()
+	_, err := c.rpc.UpdateNetwork(ctx, network)
+	return err
+}
+
+// Forward connects a stream, which has been opened, with a TCP port of the
+// guest's loopback.
+func (c *Client) Forward(ctx context.Context, stream uint64, port uint16, ipv6First bool) error {
+	ctx, cancel := context.WithTimeout(ctx, quick)
+	defer cancel()
+	_, err := c.rpc.Forward(ctx, &agentproto.ForwardRequest{Stream: stream, Port: uint32(port), Ipv6First: ipv6First})
 	return err
 }
 

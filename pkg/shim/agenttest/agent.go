@@ -61,6 +61,8 @@ type container struct {
 type Agent struct {
 	// Programs by the first argument of a process.
 	Programs map[string]Program
+	// Ports are what listens in the guest.
+	Ports map[uint32]func(*net.UnixConn)
 	// Intercept may answer, delay or spoil a request; nil, nil lets it pass.
 	Intercept func(method string, request any) (reply any, err error)
 
@@ -72,6 +74,7 @@ type Agent struct {
 	calls      []string
 	specs      map[string]*specs.Spec
 	sandbox    *agentproto.ConfigureSandboxRequest
+	network    *agentproto.Network
 	oom        chan string
 	shutdown   chan struct{}
 	once       sync.Once
@@ -198,6 +201,13 @@ func (a *Agent) Sandbox() *agentproto.ConfigureSandboxRequest {
 	return a.sandbox
 }
 
+// Network is what came last.
+func (a *Agent) Network() *agentproto.Network {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.network
+}
+
 // OOM reports a kill in a container.
 func (a *Agent) OOM(id string) { a.oom <- id }
 
@@ -299,7 +309,38 @@ func (a *Agent) ConfigureSandbox(_ context.Context, r *agentproto.ConfigureSandb
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.sandbox = r
+	a.sandbox, a.network = r, r.GetNetwork()
+	return &emptypb.Empty{}, nil
+}
+
+func (a *Agent) UpdateNetwork(_ context.Context, r *agentproto.Network) (*emptypb.Empty, error) {
+	if reply, err := enter[emptypb.Empty](a, "UpdateNetwork", r); reply != nil || err != nil {
+		return reply, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.network = r
+	return &emptypb.Empty{}, nil
+}
+
+// Forward gives the stream to the function of Ports for its port.
+func (a *Agent) Forward(_ context.Context, r *agentproto.ForwardRequest) (*emptypb.Empty, error) {
+	if reply, err := enter[emptypb.Empty](a, "Forward", r); reply != nil || err != nil {
+		return reply, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for a.streams[r.GetStream()] == nil {
+		a.arrived.Wait()
+	}
+	stream := a.streams[r.GetStream()]
+	delete(a.streams, r.GetStream())
+	serve := a.Ports[r.GetPort()]
+	if serve == nil {
+		stream.Close()
+		return nil, fmt.Errorf("nothing listens on port %d: %w", r.GetPort(), errdefs.ErrUnavailable)
+	}
+	go serve(stream)
 	return &emptypb.Empty{}, nil
 }
 
