@@ -292,9 +292,10 @@ func (c *netChange) addRoutes(routes []netRoute) error {
 		for _, r := range routes {
 			route, err := c.route(r)
 			if err == nil {
-				err = c.RouteReplace(route)
+				// Not to replace one: several links have the same, fe80::/64.
+				err = c.RouteAppend(route)
 			}
-			if err != nil {
+			if err != nil && !errors.Is(err, unix.EEXIST) {
 				failed = append(failed, r)
 				errs = append(errs, fmt.Errorf("route to %s: %w", r.destination, err))
 			}
