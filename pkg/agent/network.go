@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -120,10 +121,26 @@ func missingInterfaces(old, plan netPlan) []netInterface {
 	return without(old.interfaces, func(i netInterface) bool { return plan.with(i.deviceKey) != nil })
 }
 
-// retire takes an interface out of use. Its device may be gone already.
+// retire takes an interface out of use, and one that came after boot off the
+// bus: the host takes it back.
 func (c *netChange) retire(i netInterface) error {
 	index := c.network.index[i.deviceKey]
 	delete(c.network.index, i.deviceKey)
+	if err := c.disable(i, index); err != nil {
+		return err
+	}
+	if i.pci == "" {
+		return nil
+	}
+	remove := filepath.Join(c.network.sys, "bus/pci/devices", i.pci, "remove")
+	if err := os.WriteFile(remove, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("take it off the bus: %w", err)
+	}
+	return nil
+}
+
+// disable does nothing where the device is gone already.
+func (c *netChange) disable(i netInterface, index int) error {
 	link, err := c.LinkByIndex(index)
 	if notFound(err) {
 		return nil

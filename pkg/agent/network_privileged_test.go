@@ -277,7 +277,7 @@ func testNetworkOfAGuest(t *testing.T) {
 	if err := n.update(network); err != nil {
 		t.Error(err)
 	}
-	// A device that has been taken away.
+	// A device that has been taken away in the middle of its use.
 	veth9, err := netlink.LinkByName("eth1")
 	if err == nil {
 		err = netlink.LinkDel(veth9)
@@ -294,6 +294,9 @@ func testNetworkOfAGuest(t *testing.T) {
 	}
 	if err := n.update(nil); err != nil {
 		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(n.sys, "bus/pci/devices/0000:00:09.0/remove")); err != nil {
+		t.Errorf("it is still on the bus: %v", err)
 	}
 	if _, err := netlink.LinkByName("eth0"); err == nil {
 		t.Error("eth0 is in use though it should not be")

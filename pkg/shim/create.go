@@ -117,7 +117,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}
 	rootfs := rootfsOf(r, spec)
 	first := s.sandbox == nil || s.sandbox.agent == nil
-	sandbox := sandboxConfig{limits: limitsOf(spec), hostname: spec.Hostname, onOOM: s.oom}
+	sandbox := sandboxConfig{limits: limitsOf(spec), hostname: spec.Hostname, network: networkNamespace(spec), onOOM: s.oom}
 	if spec.Linux != nil {
 		sandbox.cgroupsPath = spec.Linux.CgroupsPath
 	}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/shim/bootstrap"
 	"github.com/microvm-runtime/microvm/pkg/shim/hostcgroup"
+	"github.com/microvm-runtime/microvm/pkg/shim/network"
 	"github.com/microvm-runtime/microvm/pkg/shim/state"
 )
 
@@ -207,6 +208,9 @@ func cleanUp(ctx context.Context, dir state.Dir) error {
 	}
 	// The shim's mounts went with its namespace.
 	if err := record.VMM.Kill(ctx); err != nil {
+		return err
+	}
+	if err := network.Remove(ctx, record.Network); err != nil {
 		return err
 	}
 	if err := hostcgroup.Remove(record.Cgroups); err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -19,10 +20,12 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/microvm-runtime/microvm/pkg/agentproto"
 	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
 	"github.com/microvm-runtime/microvm/pkg/shim/agenttest"
 	"github.com/microvm-runtime/microvm/pkg/shim/config"
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/shim/network"
 	"github.com/microvm-runtime/microvm/pkg/shim/share"
 	"github.com/microvm-runtime/microvm/pkg/shim/state"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
@@ -33,16 +36,20 @@ type fakeMachine struct {
 	agent *agenttest.Agent
 	// silent is a guest whose agent does not come.
 	silent bool
+	pid    int
+	// attachError makes AttachNIC fail.
+	attachError error
 
 	mu      sync.Mutex
 	conns   []*net.UnixConn // the guest's ends
+	nics    map[string]control.NIC
 	exit    control.Exit
 	done    chan struct{}
 	endOnce sync.Once
 }
 
 func newFakeMachine(agent *agenttest.Agent) *fakeMachine {
-	m := &fakeMachine{agent: agent, done: make(chan struct{})}
+	m := &fakeMachine{agent: agent, pid: os.Getpid(), nics: map[string]control.NIC{}, done: make(chan struct{})}
 	go func() {
 		<-agent.Stopped()
 		m.end(control.ReasonPowerOff, "")
@@ -68,7 +75,25 @@ func (m *fakeMachine) pair() (*net.UnixConn, *net.UnixConn, error) {
 	return ours, guest, nil
 }
 
-func (m *fakeMachine) Pid() int { return os.Getpid() }
+func (m *fakeMachine) Pid() int { return m.pid }
+
+func (m *fakeMachine) AttachNIC(_ context.Context, nic control.NIC, _ []*os.File) (string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.attachError != nil {
+		return "", m.attachError
+	}
+	address := fmt.Sprintf("0000:00:%02x.0", 0x10+len(m.nics))
+	m.nics[address] = nic
+	return address, nil
+}
+
+func (m *fakeMachine) Detach(_ context.Context, address string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.nics, address)
+	return nil
+}
 
 func (m *fakeMachine) Dial(_ context.Context, port uint32) (*net.UnixConn, error) {
 	if port != agentclient.StreamPort {
@@ -175,12 +200,119 @@ func (t *fakeTree) left() int {
 	return len(t.added)
 }
 
+// fakeNetwork is a pod's network without a namespace.
+type fakeNetwork struct {
+	mu sync.Mutex
+	// path is that of the namespace; open says that it was taken and not left.
+	path string
+	open bool
+	// links have their MAC addresses by name; joined, their PCI addresses.
+	links, joined map[string]string
+	refused       []string
+	departed      []string
+	loopback      bool
+	changed       func()
+	dial          network.Dial
+	// fail makes the method of a name fail.
+	fail map[string]error
+}
+
+func (n *fakeNetwork) RaiseLoopback() error {
+	n.loopback = true
+	return n.fail["RaiseLoopback"]
+}
+
+func (n *fakeNetwork) Connect(queuePairs int) ([]network.Device, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err := n.fail["Connect"]; err != nil {
+		return nil, err
+	}
+	var list []network.Device
+	for name, mac := range n.links {
+		if _, ok := n.joined[name]; ok || mac == "" || slices.Contains(n.refused, name) {
+			continue
+		}
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			return nil, err
+		}
+		n.joined[name] = ""
+		list = append(list, network.Device{Link: name, NIC: control.NIC{MAC: mac, MTU: 1500, QueuePairs: queuePairs}, Files: []*os.File{f}})
+	}
+	return list, nil
+}
+
+func (n *fakeNetwork) Attached(d network.Device, pciAddress string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.joined[d.Link] = pciAddress
+}
+
+func (n *fakeNetwork) Refuse(d network.Device) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.joined, d.Link)
+	n.refused = append(n.refused, d.Link)
+	return nil
+}
+
+func (n *fakeNetwork) Describe() (*agentproto.Network, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	m := &agentproto.Network{}
+	for name, pci := range n.joined {
+		if n.links[name] == "" {
+			delete(n.joined, name)
+			n.departed = append(n.departed, pci)
+			continue
+		}
+		m.Interfaces = append(m.Interfaces, &agentproto.Interface{Name: name, Mac: n.links[name], PciAddress: pci, Mtu: 1500})
+	}
+	slices.SortFunc(m.Interfaces, func(a, b *agentproto.Interface) int { return strings.Compare(a.Name, b.Name) })
+	return m, nil
+}
+
+func (n *fakeNetwork) Departed() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	list := n.departed
+	n.departed = nil
+	return list
+}
+
+func (n *fakeNetwork) Watch(changed func()) error {
+	n.changed = changed
+	return nil
+}
+
+func (n *fakeNetwork) Forward(dial network.Dial) error {
+	n.dial = dial
+	return n.fail["Forward"]
+}
+
+func (n *fakeNetwork) Close() error {
+	n.open = false
+	return nil
+}
+
+// set changes a link, an empty MAC address being that it goes, and tells.
+func (n *fakeNetwork) set(name, mac string) {
+	n.mu.Lock()
+	n.links[name] = mac
+	n.mu.Unlock()
+	if n.changed != nil {
+		n.changed()
+	}
+}
+
 // fixture is a service with all that is fake around it.
 type fixture struct {
 	*service
 	t     *testing.T
 	agent *agenttest.Agent
 	tree  *fakeTree
+	net   *fakeNetwork
 	conf  *config.Config
 	// launchError makes launch fail.
 	launchError error
@@ -202,6 +334,7 @@ func newFixture(t *testing.T) *fixture {
 		t:     t,
 		agent: agenttest.New(),
 		tree:  &fakeTree{added: map[string]share.Rootfs{}},
+		net:   &fakeNetwork{links: map[string]string{}, joined: map[string]string{}, fail: map[string]error{}},
 		conf:  &config.Config{DefaultVCPUs: 1, DefaultMemory: 512 << 20, BootTimeout: time.Minute},
 		down:  make(chan struct{}),
 	}
@@ -223,6 +356,13 @@ func newFixture(t *testing.T) *fixture {
 				f.cgroups = slices.DeleteFunc(f.cgroups, func(p string) bool { return p == path })
 			}}, nil
 		},
+		openNetwork: func(path string) (podNetwork, error) {
+			if err := f.net.fail["open"]; err != nil {
+				return nil, err
+			}
+			f.net.path, f.net.open = path, true
+			return f.net, nil
+		},
 		record:   func(state.Process) error { return nil },
 		identify: state.Identify,
 		cpus:     4,
@@ -237,8 +377,8 @@ func newFixture(t *testing.T) *fixture {
 		}
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if len(f.cgroups) > 0 || f.tree.open || f.tree.left() > 0 {
-			t.Errorf("left behind: cgroups %v, tree open %v with %d containers", f.cgroups, f.tree.open, f.tree.left())
+		if len(f.cgroups) > 0 || f.tree.open || f.tree.left() > 0 || f.net.open {
+			t.Errorf("left behind: cgroups %v, tree open %v with %d containers, network open %v", f.cgroups, f.tree.open, f.tree.left(), f.net.open)
 		}
 		for _, m := range f.machines {
 			select {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
 	"github.com/microvm-runtime/microvm/pkg/shim/config"
+	"github.com/microvm-runtime/microvm/pkg/shim/network"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 )
 
@@ -29,6 +30,8 @@ type machine interface {
 	Dial(ctx context.Context, port uint32) (*net.UnixConn, error)
 	Accept(ctx context.Context, port uint32) (*net.UnixConn, error)
 	Stop(ctx context.Context) error
+	AttachNIC(ctx context.Context, nic control.NIC, taps []*os.File) (pciAddress string, err error)
+	Detach(ctx context.Context, pciAddress string) error
 	Kill() error
 	Done() <-chan struct{}
 	Exit() control.Exit
@@ -39,6 +42,8 @@ type launchRequest struct {
 	config *config.Config
 	size   size
 	shared *os.File // stays the caller's
+	// devices are the machine's network cards; their files stay the caller's.
+	devices []network.Device
 	// console and log get what the guest and the VMM write, and are closed.
 	console, log *os.File
 }
@@ -69,12 +74,18 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 	} else if info.Mode()&0o111 == 0 || !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("vmm program %s is not executable (configuration key vmm)", r.config.VMM)
 	}
+	var nics []control.NIC
+	var taps [][]*os.File
+	for _, d := range r.devices {
+		nics, taps = append(nics, d.NIC), append(taps, d.Files)
+	}
 	vmm, err := control.Launch(ctx, control.Options{
 		Binary:  r.config.VMM,
 		KVM:     kvm,
 		Kernel:  kernel,
 		Image:   image,
 		Shared:  r.shared,
+		Taps:    taps,
 		Console: r.console,
 		Log:     r.log,
 		Config: control.Config{
@@ -82,11 +93,13 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 			MemoryBytes:  r.size.memory,
 			CommandLine:  r.config.KernelParams,
 			SharedTag:    sharedTag,
+			NICs:         nics,
 			ListenPorts:  []uint32{agentclient.ControlPort},
 			DebugConsole: r.config.Debug,
 		},
 		// The VMM needs no network, and what looks up a task's network by its
-		// process must not find the host's.
+		// process must not find the host's: it is the sandbox's if that was
+		// given none.
 		SysProcAttr: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET},
 	})
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -45,9 +46,30 @@ func init() {
 	p := &Program{stateRoot: root, launch: func(_ context.Context, r launchRequest) (machine, error) {
 		r.console.Close()
 		r.log.Close()
-		return newFakeMachine(agenttest.New()), nil
+		m := newFakeMachine(agenttest.New())
+		m.pid = startIdle(m)
+		return m, nil
 	}}
 	os.Exit(p.Run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// startIdle starts a process that does nothing, in a network namespace of its
+// own as a VMM has. It ends with its machine, or with us.
+func startIdle(m *fakeMachine) (pid int) {
+	started := make(chan int)
+	go func() {
+		runtime.LockOSThread() // the parent whose death counts is a thread
+		cmd := exec.Command("sleep", "infinity")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			panic(err)
+		}
+		started <- cmd.Process.Pid
+		<-m.done
+		cmd.Process.Kill()
+		cmd.Wait()
+	}()
+	return <-started
 }
 
 // node is a host with a containerd.

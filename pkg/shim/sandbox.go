@@ -42,6 +42,8 @@ type host struct {
 	newTree func() (tree, error)
 	// place moves the shim, and so the VMM, into the sandbox's cgroup.
 	place func(path string) (*placement, error)
+	// openNetwork takes the network namespace of a path for the sandbox.
+	openNetwork func(path string) (podNetwork, error)
 	// record stores the VMM's identity for a later clean-up.
 	record   func(vmm state.Process) error
 	cpus     int
@@ -80,6 +82,7 @@ type sandbox struct {
 	logs  *machineLogs
 	// placed is nil when the sandbox has no cgroup.
 	placed *placement
+	net    netState
 
 	mu       sync.Mutex
 	stopping bool
@@ -102,7 +105,10 @@ type sandboxConfig struct {
 	limits      limits
 	cgroupsPath string
 	hostname    string
-	onOOM       func(containerID string)
+	// network is the path of the pod's network namespace; empty for one of
+	// the sandbox's own.
+	network string
+	onOOM   func(containerID string)
 }
 
 // start boots the machine and waits for its agent. On an error the caller has
@@ -124,15 +130,22 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, conf.BootTimeout,
 		fmt.Errorf("the guest did not start within %v (configuration key boot_timeout)", conf.BootTimeout))
 	defer cancel()
-	if err := s.boot(ctx, conf, c.limits); err != nil {
+	if err := s.boot(ctx, conf, c); err != nil {
 		return err
 	}
 	info, err := s.agent.Info(ctx)
-	if err == nil {
-		err = s.agent.ConfigureSandbox(ctx, c.hostname, sharedTag, nil, nil)
-	}
 	if err != nil {
 		return s.logs.describe(s.bootError(ctx, err))
+	}
+	network, err := s.describeNetwork()
+	if err != nil {
+		return err
+	}
+	if err := s.agent.ConfigureSandbox(ctx, c.hostname, sharedTag, nil, network); err != nil {
+		return s.logs.describe(s.bootError(ctx, err))
+	}
+	if err := s.watchNetwork(); err != nil {
+		return err
 	}
 	go s.watchOOM(c.onOOM)
 	go s.monitor(s.placed)
@@ -143,7 +156,13 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 }
 
 // boot launches the VMM and takes the agent's connection.
-func (s *sandbox) boot(ctx context.Context, conf *config.Config, l limits) error {
+func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig) error {
+	size := machineSize(conf, c.limits, s.host.cpus, s.host.memory)
+	devices, err := s.connectNetwork(c.network, size.vcpus)
+	if err != nil {
+		return err
+	}
+	defer closeDevices(devices)
 	shared, err := s.tree.Open()
 	if err != nil {
 		return err
@@ -156,8 +175,9 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, l limits) error
 	s.logs = logs
 	vm, err := s.host.launch(ctx, launchRequest{
 		config:  conf,
-		size:    machineSize(conf, l, s.host.cpus, s.host.memory),
+		size:    size,
 		shared:  shared,
+		devices: devices,
 		console: console,
 		log:     vmmLog,
 	})
@@ -384,7 +404,7 @@ func (s *sandbox) stop() error {
 	}
 	err := s.kill()
 	s.leaveCgroup()
-	return errors.Join(err, s.tree.Close())
+	return errors.Join(err, s.closeNetwork(), s.tree.Close())
 }
 
 // kill ends the VMM and waits for it.

@@ -22,6 +22,7 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/shim/config"
 	"github.com/microvm-runtime/microvm/pkg/shim/events"
 	"github.com/microvm-runtime/microvm/pkg/shim/hostcgroup"
+	"github.com/microvm-runtime/microvm/pkg/shim/network"
 	"github.com/microvm-runtime/microvm/pkg/shim/share"
 	"github.com/microvm-runtime/microvm/pkg/shim/state"
 )
@@ -208,7 +209,16 @@ func (d *daemon) newHost(p *Program) (*host, error) {
 		newTree: func() (tree, error) {
 			return share.New(d.settings.Dir.Shared(), hostNamespace)
 		},
-		place:    func(path string) (*placement, error) { return d.place(p.stateRoot, path) },
+		place: func(path string) (*placement, error) { return d.place(p.stateRoot, path) },
+		openNetwork: func(path string) (podNetwork, error) {
+			n, err := network.Open(path, func(done network.Record) error {
+				return d.update(func(r *state.Record) { r.Network = done })
+			})
+			if err != nil {
+				return nil, err // not a nil *network.Network, which would be no nil podNetwork
+			}
+			return n, nil
+		},
 		record:   func(vmm state.Process) error { return d.update(func(r *state.Record) { r.VMM = vmm }) },
 		identify: state.Identify,
 		cpus:     runtime.NumCPU(),

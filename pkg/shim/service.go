@@ -93,6 +93,14 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	if err != nil {
 		return nil, err
 	}
+	if r.GetExecID() == "" {
+		// What was connected since Create has to be there from the beginning.
+		if err := c.sandbox.alive(); err == nil {
+			if err := c.sandbox.syncNetwork(ctx); err != nil {
+				return nil, fmt.Errorf("container %s: network: %w", c.id, err)
+			}
+		}
+	}
 	if err := p.start(ctx); err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -29,9 +30,9 @@ const dumpAttempts = 10
 // Record is what has to be undone in a namespace. The zero Record is nothing.
 type Record struct {
 	// Path of the namespace, and which namespace was there.
-	Path   string  `json:"path"`
-	Device uint64  `json:"device"`
-	Inode  uint64  `json:"inode"`
+	Path   string  `json:"path,omitempty"`
+	Device uint64  `json:"device,omitempty"`
+	Inode  uint64  `json:"inode,omitempty"`
 	Joints []Joint `json:"joints,omitempty"`
 }
 
@@ -49,9 +50,11 @@ type Network struct {
 	// where they came after boot. refused are those that it could not get.
 	links   map[int]string
 	refused map[int]bool
-	watch   *watch
-	forward *forwarder
-	closed  bool
+	// departed are the PCI addresses of links that have gone.
+	departed []string
+	watch    *watch
+	forward  *forwarder
+	closed   bool
 }
 
 // Device is a link that the guest is to have.
@@ -261,6 +264,7 @@ func (n *Network) describeLocked() (*agentproto.Network, error) {
 	}
 	m := &agentproto.Network{}
 	names := map[int]string{}
+	n.forgetLocked(list)
 	for _, link := range list {
 		pci, joined := n.links[link.Attrs().Index]
 		if !joined {
@@ -279,6 +283,30 @@ func (n *Network) describeLocked() (*agentproto.Network, error) {
 	}
 	m.Neighbours, err = neighboursOf(n.nl, names)
 	return m, err
+}
+
+// forgetLocked forgets the links that are not there any more. What was done to
+// them went with them.
+func (n *Network) forgetLocked(list []netlink.Link) {
+	for index, pci := range n.links {
+		if slices.ContainsFunc(list, func(l netlink.Link) bool { return l.Attrs().Index == index }) {
+			continue
+		}
+		delete(n.links, index)
+		if pci != "" {
+			n.departed = append(n.departed, pci)
+		}
+	}
+}
+
+// Departed returns the PCI addresses of devices whose links have gone, once.
+// The guest is to be told before they are taken away.
+func (n *Network) Departed() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	list := n.departed
+	n.departed = nil
+	return list
 }
 
 // retry repeats what has read lists that were changing.

@@ -501,6 +501,12 @@ func TestLateLink(t *testing.T) {
 			break
 		}
 	}
+	if d := n.Departed(); !slices.Equal(d, []string{"0000:00:09.0"}) {
+		t.Errorf("departed %q", d)
+	}
+	if d := n.Departed(); len(d) != 0 {
+		t.Errorf("departed again: %q", d)
+	}
 }
 
 // A link that the guest cannot get is left alone from then on.

@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/network"
 )
 
 // Root is where the directories of all sandboxes are: Root/namespace/sandbox.
@@ -162,6 +164,8 @@ type Record struct {
 	Socket string `json:"socket,omitempty"`
 	// Cgroups are the directories that the shim has made, parents first.
 	Cgroups []string `json:"cgroups,omitempty"`
+	// Network is what was done in the pod's network namespace.
+	Network network.Record `json:"network,omitzero"`
 }
 
 // Store replaces the record.
