@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -46,7 +47,12 @@ func init() {
 	p := &Program{stateRoot: root, launch: func(_ context.Context, r launchRequest) (machine, error) {
 		r.console.Close()
 		r.log.Close()
-		m := newFakeMachine(agenttest.New())
+		agent := agenttest.New()
+		agent.Ports = map[uint32]func(*net.UnixConn){7: func(c *net.UnixConn) {
+			io.Copy(c, c)
+			c.Close()
+		}}
+		m := newFakeMachine(agent)
 		m.pid = startIdle(m)
 		return m, nil
 	}}

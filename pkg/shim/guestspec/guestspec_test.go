@@ -2,6 +2,7 @@ package guestspec
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -208,6 +209,34 @@ func TestMountsAreNumbered(t *testing.T) {
 	r := rewrite(t, spec, first)
 	if got := r.Spec.Mounts[2].Source; got != "/run/microvm/shared/c1/mounts/1" || len(r.Mounts) != 2 {
 		t.Errorf("%s, %+v", got, r.Mounts)
+	}
+}
+
+// A pod's name resolution is three files that the CRI plugin mounts into each of
+// its containers. They are shared as such, and stay as writable as they were.
+func TestFilesOfAPod(t *testing.T) {
+	dir := t.TempDir()
+	spec := base()
+	names := []string{"hostname", "hosts", "resolv.conf"}
+	for _, name := range names {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		spec.Mounts = append(spec.Mounts, specs.Mount{
+			Destination: "/etc/" + name, Type: "bind", Source: filepath.Join(dir, name), Options: []string{"rbind", "rprivate", "rw"},
+		})
+	}
+	r := rewrite(t, spec, first)
+	for i, name := range names {
+		want := Mount{Destination: "/etc/" + name, Source: filepath.Join(dir, name), File: true, Recursive: true}
+		if !reflect.DeepEqual(r.Mounts[i], want) {
+			t.Errorf("on the host %+v, want %+v", r.Mounts[i], want)
+		}
+		m := r.Spec.Mounts[i]
+		if m.Destination != "/etc/"+name || m.Type != "bind" || m.Source != fmt.Sprintf("/run/microvm/shared/c1/mounts/%d", i) ||
+			!reflect.DeepEqual(m.Options, []string{"rbind", "rprivate", "rw"}) {
+			t.Errorf("in the guest %+v", m)
+		}
 	}
 }
 
