@@ -38,6 +38,7 @@ type forwarder struct {
 	cancel    context.CancelFunc
 	wg        sync.WaitGroup
 	slots     chan struct{}
+	mu        sync.Mutex // held while the lookup is told of others
 }
 
 // Forward hands every TCP connection to the namespace's loopback on to the
@@ -70,7 +71,7 @@ func (f *forwarder) start() (err error) {
 	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return err // else there is no IPv6
 	}
-	if err := f.leaveOthers(); err != nil {
+	if _, err := f.leaveOthers(); err != nil {
 		// The kernel may not tell (CONFIG_INET_DIAG).
 		log.L.WithError(err).Debug("listeners in the pod's network namespace are not known")
 	}
@@ -110,13 +111,16 @@ func (f *forwarder) listen(network, address string, level, freebind int) (*net.T
 	return listener, nil
 }
 
-// leaveOthers leaves those ports alone that somebody else listens on.
-func (f *forwarder) leaveOthers() error {
+// leaveOthers leaves those ports alone that somebody else listens on, and
+// returns them.
+func (f *forwarder) leaveOthers() (map[uint32]bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	ports, err := f.others()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return f.lookup.leave(ports)
+	return ports, f.lookup.leave(ports)
 }
 
 // others are the ports on which something but us listens.
@@ -185,14 +189,13 @@ func (f *forwarder) serve(conn *net.TCPConn) {
 		return
 	}
 	// Somebody may have begun to listen: the next connection is for them.
-	if ports, err := f.others(); err == nil {
-		if err := f.lookup.leave(ports); err != nil {
-			log.L.WithError(err).Debug("port-forward")
-		}
-		if ports[uint32(local.Port)] {
-			reset(conn)
-			return
-		}
+	ports, err := f.leaveOthers()
+	if err != nil {
+		log.L.WithError(err).Debug("port-forward")
+	}
+	if ports[uint32(local.Port)] {
+		reset(conn)
+		return
 	}
 	ctx, cancel := context.WithTimeout(f.ctx, forwardTimeout)
 	guest, err := f.dial(ctx, uint16(local.Port), local.IP.To4() == nil)
@@ -244,7 +247,8 @@ func join(ctx context.Context, conn *net.TCPConn, guest *net.UnixConn) {
 func (f *forwarder) close() {
 	f.cancel()
 	if f.lookup != nil {
-		f.lookup.close()
+		f.lookup.detach()
+		defer f.lookup.close()
 	}
 	for _, l := range f.listeners {
 		l.Close()

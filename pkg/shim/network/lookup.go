@@ -162,11 +162,16 @@ func (l *lookup) leave(ports map[uint32]bool) error {
 	return nil
 }
 
-// close takes the program out of the namespace.
-func (l *lookup) close() {
+// detach takes the program out of the namespace.
+func (l *lookup) detach() {
 	if l.link != nil {
 		l.link.Close()
 	}
+}
+
+// close frees the program and its maps, which nobody may use meanwhile.
+func (l *lookup) close() {
+	l.detach()
 	for _, c := range []interface{ Close() error }{l.program, l.own, l.sockets} {
 		c.Close() // of nil, nothing
 	}

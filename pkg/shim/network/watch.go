@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// settle is how long nothing has to happen before a change counts: who sets a
-// link up does so in several steps.
+// settle is how long others get to finish what they have begun: who sets a link
+// up does so in several steps.
 const settle = 50 * time.Millisecond
 
 // watchedGroups are the multicast groups of rtnetlink(7) that tell of what
@@ -20,7 +20,7 @@ const watchedGroups = unix.RTMGRP_LINK | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_I
 // watch tells of changes in a namespace.
 type watch struct {
 	socket *os.File
-	timer  *time.Timer
+	news   chan struct{} // has room for one
 	wg     sync.WaitGroup
 }
 
@@ -44,8 +44,7 @@ func (n *Network) Watch(changed func()) error {
 	if err != nil {
 		return fmt.Errorf("watch network namespace %s: %w", n.ns.path, err)
 	}
-	w := &watch{socket: socket, timer: time.NewTimer(time.Hour)}
-	w.timer.Stop()
+	w := &watch{socket: socket, news: make(chan struct{}, 1)}
 	ended := make(chan struct{})
 	w.wg.Go(func() {
 		defer close(ended)
@@ -54,11 +53,20 @@ func (n *Network) Watch(changed func()) error {
 	w.wg.Go(func() {
 		for {
 			select {
-			case <-w.timer.C:
-				changed()
+			case <-w.news:
 			case <-ended:
 				return
 			}
+			select {
+			case <-time.After(settle):
+			case <-ended:
+				return
+			}
+			select {
+			case <-w.news: // what happens from here on is for the next time
+			default:
+			}
+			changed()
 		}
 	})
 	n.mu.Lock()
@@ -67,34 +75,47 @@ func (n *Network) Watch(changed func()) error {
 	return nil
 }
 
-// receive starts the timer anew with every message. What it says is of no
-// interest, nor whether some got lost.
+// receive tells that messages have come. What they say is of no interest, nor
+// whether some got lost.
 func (w *watch) receive() {
 	raw, err := w.socket.SyscallConn()
 	if err != nil {
 		return
 	}
-	var buffer [8192]byte
 	for {
-		received := false
+		var readErr error
 		err := raw.Read(func(fd uintptr) bool {
-			for {
-				_, err := unix.Read(int(fd), buffer[:])
-				if err == unix.EAGAIN {
-					return received
-				}
-				received = true // or ENOBUFS: more than the socket has room for
-			}
+			var received bool
+			received, readErr = drain(int(fd))
+			return received || readErr != nil
 		})
-		if err != nil {
+		if err != nil || readErr != nil {
 			return // closed
 		}
-		w.timer.Reset(settle)
+		select {
+		case w.news <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// drain reads what there is.
+func drain(fd int) (received bool, err error) {
+	var buffer [8192]byte
+	for {
+		switch _, err := unix.Read(fd, buffer[:]); err {
+		case nil, unix.ENOBUFS: // more came than the socket has room for
+			received = true
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return received, nil
+		default:
+			return received, err
+		}
 	}
 }
 
 func (w *watch) close() {
 	w.socket.Close()
 	w.wg.Wait()
-	w.timer.Stop()
 }
