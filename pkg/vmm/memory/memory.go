@@ -26,6 +26,9 @@ type Region struct {
 	// ReadOnly says that the mapping cannot be written: a store through Bytes
 	// would fault. Slice refuses such a region.
 	ReadOnly bool
+	// Blocks says which parts of the region there are at the moment; nil: all of
+	// it is there, for good.
+	Blocks *Blocks
 }
 
 // End returns the first address after the region.
@@ -46,6 +49,9 @@ func (m *Memory) Add(r Region) error {
 	}
 	if r.End() < r.Start {
 		return fmt.Errorf("memory region at %#x wraps around", uint64(r.Start))
+	}
+	if b := r.Blocks; b != nil && uint64(len(r.Bytes)) != b.size*uint64(b.count) {
+		return fmt.Errorf("memory region of %d bytes with %d blocks of %d", len(r.Bytes), b.count, b.size)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -80,6 +86,10 @@ func (m *Memory) Regions() []Region {
 // copied first. The range must lie inside one writable region. A zero length
 // gives an empty slice for any address (virtio 1.2, 2.7.4.2 lets a driver pass
 // empty buffers).
+//
+// The bytes stay accessible as long as the machine exists, also those of a
+// block that is unplugged later: who uses such a slice reaches nobody else's
+// memory, but the guest has lost what is written there.
 func (m *Memory) Slice(addr GuestAddress, length uint64) ([]byte, error) {
 	return m.slice(addr, length, true)
 }
@@ -100,6 +110,9 @@ func (m *Memory) slice(addr GuestAddress, length uint64, writable bool) ([]byte,
 		}
 		off := uint64(addr - r.Start)
 		if r.ReadOnly && writable || length > uint64(len(r.Bytes))-off {
+			break
+		}
+		if r.Blocks != nil && !r.Blocks.plugged(off, length) {
 			break
 		}
 		return r.Bytes[off : off+length : off+length], nil
