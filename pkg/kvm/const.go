@@ -38,6 +38,7 @@ const (
 // Capabilities, for CheckExtension.
 const (
 	CapUserMemory         = 3
+	CapNRMemslots         = 10
 	CapIOEventFD          = 36
 	CapTSCDeadlineTimer   = 72
 	CapSignalMSI          = 77

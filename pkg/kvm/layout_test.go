@@ -30,6 +30,7 @@ func TestKernelHeaders(t *testing.T) {
 
 		"KVM_CAP_USER_MEMORY": CapUserMemory, "KVM_CAP_IOEVENTFD": CapIOEventFD,
 		"KVM_CAP_TSC_DEADLINE_TIMER": CapTSCDeadlineTimer, "KVM_CAP_SIGNAL_MSI": CapSignalMSI, "KVM_CAP_READONLY_MEM": CapReadonlyMem,
+		"KVM_CAP_NR_MEMSLOTS":          CapNRMemslots,
 		"KVM_CAP_SPLIT_IRQCHIP":        CapSplitIRQChip,
 		"KVM_CAP_IOEVENTFD_ANY_LENGTH": CapIOEventFDAnyLength, "KVM_CAP_IMMEDIATE_EXIT": CapImmediateExit,
 		"KVM_EXIT_IO": ExitIO, "KVM_EXIT_MMIO": ExitMMIO,

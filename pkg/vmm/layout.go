@@ -16,7 +16,7 @@ import "github.com/microvm-runtime/microvm/pkg/vmm/memory"
 //	0xe000_0000  PCI configuration space (ECAM)
 //	0xfee0_0000  local APICs
 //	0xfeff_c000  what KVM keeps for itself
-//	0x1_0000_0000  high memory, then persistent memory
+//	0x1_0000_0000  high memory, then persistent memory, then memory that is plugged
 const (
 	gdtAddr         memory.GuestAddress = 0x500
 	bootParamsAddr  memory.GuestAddress = 0x7000
@@ -49,6 +49,22 @@ const (
 const (
 	pmemAlign    = 128 << 20
 	pmemSizeUnit = 2 << 20
+)
+
+// Memory that is plugged while the guest runs.
+const (
+	// hotMemoryAlign is the largest block by which Linux may add memory
+	// (MAX_BLOCK_SIZE in arch/x86/mm/init_64.c), hotMemoryUnit the smallest, a
+	// section: Linux leaves unused what is left of one at either end.
+	hotMemoryAlign = 2 << 30
+	hotMemoryUnit  = 128 << 20
+	// A block is at least a huge page of both sides', and so large that there
+	// are no more than maxHotBlocks: each that is plugged is a KVM slot, of
+	// about 1.2 KiB, and takes some 0.1 ms to come or go.
+	minHotBlock  = 2 << 20
+	maxHotBlocks = 8192
+	// otherSlots is how many KVM slots are left for everything else.
+	otherSlots = 128
 )
 
 // I/O ports.

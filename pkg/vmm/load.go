@@ -37,7 +37,7 @@ func (m *Machine) load(c Config) (memory.GuestAddress, error) {
 		}
 	}
 	tables, err := acpi.Build(acpi.Config{
-		Base: uint64(acpiAddr), CPUs: c.VCPUs, LocalAPIC: localAPICAddr,
+		Base: uint64(acpiAddr), CPUs: c.MaxVCPUs, LocalAPIC: localAPICAddr,
 		ECAM: ecamAddr, ECAMSize: pci.ECAMSize, MMIO: pciWindowAddr, MMIOSize: pciWindowSize,
 		SleepControlPort: sleepControlPort, SleepStatusPort: sleepStatusPort,
 		ResetPort: resetPort, ResetValue: resetValue,
@@ -95,38 +95,40 @@ func (m *Machine) loadInitrd(file *os.File, lowest memory.GuestAddress, highest 
 	return start, size, nil
 }
 
-// createVCPUs makes the processors. All get the state of the kernel's entry;
-// all but the first wait for their start-up IPI, which replaces it.
-func (m *Machine) createVCPUs(count int, cpuid []kvm.CPUIDEntry, tscDeadline bool, entry memory.GuestAddress) error {
-	for id := range count {
-		k, err := m.vm.CreateVCPU(id)
-		if err != nil {
-			return err
-		}
-		v := &vcpu{m: m, id: id, kvm: k}
-		m.vcpus = append(m.vcpus, v)
-		// The kernel may have no statistics; they only inform.
-		v.stats, _ = k.GetStatsFD()
-		// CPUID first: KVM refuses state that it does not allow for.
-		if err := k.SetCPUID2(guestCPUID(cpuid, id, count, tscDeadline)); err != nil {
-			return fmt.Errorf("vCPU %d: %w", id, err)
-		}
-		if err := k.SetMSRs(entryMSRs); err != nil {
-			return fmt.Errorf("vCPU %d: %w", id, err)
-		}
-		sregs, err := k.GetSregs()
-		if err != nil {
-			return fmt.Errorf("vCPU %d: %w", id, err)
-		}
-		boot.SetLongMode(&sregs, gdtAddr, pageTablesAddr)
-		if err := k.SetSregs(sregs); err != nil {
-			return fmt.Errorf("vCPU %d: %w", id, err)
-		}
-		if err := k.SetRegs(boot.EntryRegs(entry, bootParamsAddr)); err != nil {
-			return fmt.Errorf("vCPU %d: %w", id, err)
-		}
+// createVCPU makes a processor in the state of the kernel's entry; all but the
+// first wait for their start-up IPI, which replaces it.
+func (m *Machine) createVCPU(id int, cpuid []kvm.CPUIDEntry, entry memory.GuestAddress) (_ *vcpu, err error) {
+	k, err := m.vm.CreateVCPU(id)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	v := &vcpu{m: m, id: id, kvm: k}
+	// The kernel may have no statistics; they only inform.
+	v.stats, _ = k.GetStatsFD()
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("vCPU %d: %w", id, err), v.close())
+		}
+	}()
+	// CPUID first: KVM refuses state that it does not allow for.
+	if err := k.SetCPUID2(cpuid); err != nil {
+		return nil, err
+	}
+	if err := k.SetMSRs(entryMSRs); err != nil {
+		return nil, err
+	}
+	sregs, err := k.GetSregs()
+	if err != nil {
+		return nil, err
+	}
+	boot.SetLongMode(&sregs, gdtAddr, pageTablesAddr)
+	if err := k.SetSregs(sregs); err != nil {
+		return nil, err
+	}
+	if err := k.SetRegs(boot.EntryRegs(entry, bootParamsAddr)); err != nil {
+		return nil, err
+	}
+	return v, nil
 }
 
 // entryMSRs are what firmware would have set.

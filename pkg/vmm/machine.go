@@ -39,8 +39,15 @@ type Config struct {
 	// MemoryBytes is the guest's RAM: a multiple of 1 MiB, 32 MiB at least. What
 	// the guest does not touch costs nothing.
 	MemoryBytes uint64
+	// MaxMemoryBytes is what ResizeMemory can let the guest have at most. A
+	// processor with few address bits, or an old kernel, may make it less. Zero,
+	// or no more than MemoryBytes: the guest keeps what it has.
+	MaxMemoryBytes uint64
 	// VCPUs is the number of processors, 1 to MaxVCPUs.
 	VCPUs int
+	// MaxVCPUs is up to how many StartVCPUs can add, 0: none. The guest is told of
+	// all of them; tell its kernel by maxcpus= to start with VCPUs.
+	MaxVCPUs int
 	// Pmem are files the guest has as /dev/pmem0 and so on.
 	Pmem []PmemConfig
 	// Devices are put on the PCI bus in this order, after Pmem.
@@ -77,30 +84,38 @@ type Machine struct {
 	mappings []*mapping
 	nextSlot uint32
 	highEnd  memory.GuestAddress // first address above everything that has memory
+	ram      uint64              // that the guest booted with, in bytes
+	hot      *hotMemory          // nil: there is none
 
-	pci   *pci.Bus
-	uart  *uart
-	vcpus []*vcpu
+	pci  *pci.Bus
+	uart *uart
+
+	newVCPU func(id int) (*vcpu, error)
+	maxVCPU int
 
 	ended chan struct{} // closed when exit is set
 	acks  chan struct{} // a vCPU parked or ended
 
-	plug sync.Mutex // serialises Attach, Detach and close
+	plug sync.Mutex // serialises Attach, Detach, the making of vCPUs, and close
 
-	mu      sync.Mutex                           // protects what follows and the vCPUs' tid and parked
-	devices map[pci.Address]*virtiopci.Transport // changed with plug held, too
-	resumed *sync.Cond                           // want changed
-	want    want
-	started bool
-	exit    Exit
+	mu       sync.Mutex                           // protects what follows and the vCPUs' tid and parked
+	devices  map[pci.Address]*virtiopci.Transport // changed with plug held, too
+	vcpus    []*vcpu
+	running  sync.WaitGroup // the vCPUs' goroutines
+	resumed  *sync.Cond     // want changed
+	want     want
+	started  bool // Run was called
+	launched bool // the vCPUs' goroutines run
+	exit     Exit
 }
 
 // New makes a machine that is ready to run. Run must follow: it gives back what
 // New took.
 func New(c Config) (_ *Machine, err error) {
-	if c.VCPUs < 1 || c.VCPUs > MaxVCPUs {
-		return nil, fmt.Errorf("%d vCPUs: a machine has 1 to %d", c.VCPUs, MaxVCPUs)
+	if c.VCPUs < 1 || max(c.VCPUs, c.MaxVCPUs) > MaxVCPUs {
+		return nil, fmt.Errorf("%d vCPUs: a machine has 1 to %d", max(c.VCPUs, c.MaxVCPUs), MaxVCPUs)
 	}
+	c.MaxVCPUs = max(c.VCPUs, c.MaxVCPUs)
 	m := &Machine{
 		log:     slog.New(limitRate(c.Log.Handler())),
 		phase:   c.Phase,
@@ -141,11 +156,18 @@ func New(c Config) (_ *Machine, err error) {
 	if err := m.addDevices(c); err != nil {
 		return nil, err
 	}
+	if err := m.addHotMemory(system, c.MaxMemoryBytes); err != nil {
+		return nil, err
+	}
 	deadline, err := system.CheckExtension(kvm.CapTSCDeadlineTimer)
 	if err != nil {
 		return nil, err
 	}
-	if err := m.createVCPUs(c.VCPUs, cpuid, deadline > 0, entry); err != nil {
+	m.maxVCPU = c.MaxVCPUs
+	m.newVCPU = func(id int) (*vcpu, error) {
+		return m.createVCPU(id, guestCPUID(cpuid, id, c.MaxVCPUs, deadline > 0), entry)
+	}
+	if err := m.StartVCPUs(c.VCPUs); err != nil {
 		return nil, err
 	}
 	if c.DebugConsole != nil {
@@ -367,15 +389,17 @@ func (m *Machine) Run() (Exit, error) {
 	}
 	m.started = true
 	m.mu.Unlock()
-
-	var running sync.WaitGroup
 	m.reached("vcpus-running")
+	m.mu.Lock()
 	for _, v := range m.vcpus {
-		running.Go(v.run)
+		m.running.Go(v.run)
 	}
+	m.launched = true
+	m.mu.Unlock()
+
 	<-m.ended
 	m.kick(wantEnded)
-	running.Wait()
+	m.running.Wait()
 	where := m.where()
 	closeErr := m.close()
 
@@ -395,8 +419,11 @@ func (m *Machine) Run() (Exit, error) {
 
 // where says where the vCPUs that the guest has started are.
 func (m *Machine) where() string {
+	m.mu.Lock()
+	vcpus := m.vcpus
+	m.mu.Unlock()
 	var s []string
-	for _, v := range m.vcpus {
+	for _, v := range vcpus {
 		switch state, err := v.kvm.GetMPState(); {
 		case err != nil || state == kvm.MPStateUninitialized:
 		case state == kvm.MPStateHalted:
@@ -496,9 +523,12 @@ func (m *Machine) ack() {
 
 // VCPUStats returns the statistics of each vCPU.
 func (m *Machine) VCPUStats() ([]VCPUStats, error) {
-	stats := make([]VCPUStats, len(m.vcpus))
+	m.mu.Lock()
+	vcpus := m.vcpus
+	m.mu.Unlock()
+	stats := make([]VCPUStats, len(vcpus))
 	var errs error
-	for i, v := range m.vcpus {
+	for i, v := range vcpus {
 		var err error
 		if stats[i], err = v.readStats(); err != nil {
 			errs = errors.Join(errs, fmt.Errorf("vCPU %d: %w", i, err))
@@ -509,7 +539,7 @@ func (m *Machine) VCPUStats() ([]VCPUStats, error) {
 
 // close gives back what New took. Nothing of the machine runs any more.
 func (m *Machine) close() error {
-	// An Attach or Detach that is under way still uses all of it.
+	// What is under way still uses all of it.
 	m.plug.Lock()
 	defer m.plug.Unlock()
 	var errs []error
@@ -517,10 +547,7 @@ func (m *Machine) close() error {
 		t.Reset()
 	}
 	for _, v := range m.vcpus {
-		if v.stats != nil {
-			errs = append(errs, v.stats.Close())
-		}
-		errs = append(errs, v.kvm.Close())
+		errs = append(errs, v.close())
 	}
 	if m.vm != nil {
 		errs = append(errs, m.vm.Close())

@@ -3,6 +3,7 @@ package vmm
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
 	"log/slog"
 	"os"
@@ -309,6 +310,87 @@ func TestStopBeforeRun(t *testing.T) {
 	}
 }
 
+// TestStartVCPUs adds vCPUs to a machine that runs, that is paused and that has
+// ended. That the guest can start them is for a guest with a kernel to see.
+func TestStartVCPUs(t *testing.T) {
+	c := tinyConfig(t, tinySpin)
+	c.MaxVCPUs = 4
+	m := start(t, c)
+	vcpus := func() (threads int) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for _, v := range m.vcpus {
+			if v.tid != 0 {
+				threads++
+			}
+		}
+		return threads
+	}
+	waitFor(t, "the first vCPU", func() bool { return vcpus() == 1 })
+	for _, n := range []int{2, 1, 2} { // none is taken back
+		if err := m.StartVCPUs(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waitFor(t, "the second vCPU", func() bool { return vcpus() == 2 })
+	if err := m.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.StartVCPUs(4); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "vCPUs that begin paused", func() bool { return vcpus() == 4 })
+	before := counter(t, m)
+	if err := m.Pause(); err != nil { // with the new ones
+		t.Fatal(err)
+	}
+	if counter(t, m) != before {
+		t.Error("the guest ran while it was paused")
+	}
+	if err := m.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the guest after Resume", func() bool { return counter(t, m) != before })
+	if err := m.StartVCPUs(5); err == nil {
+		t.Error("more vCPUs than the machine can have")
+	}
+	if stats, err := m.VCPUStats(); err != nil || len(stats) != 4 {
+		t.Errorf("%d vCPUs, %v", len(stats), err)
+	}
+	m.Stop()
+	if err := m.StartVCPUs(4); !errors.Is(err, errEnded) {
+		t.Errorf("a machine that has ended: %v", err)
+	}
+}
+
+// TestStartVCPUsWhileStarting has two goroutines add them while the machine starts
+// and ends.
+func TestStartVCPUsWhileStarting(t *testing.T) {
+	for range 5 {
+		c := tinyConfig(t, tinySpin)
+		c.MaxVCPUs = 4
+		m, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var adders sync.WaitGroup
+		for range 2 {
+			adders.Go(func() {
+				for n := range 5 {
+					if err := m.StartVCPUs(min(n, 4)); err != nil && !errors.Is(err, errEnded) {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		go m.Stop()
+		if exit, err := m.Run(); exit.Reason != ExitStopped || err != nil {
+			t.Errorf("%v, %v", exit, err)
+		}
+		adders.Wait()
+	}
+}
+
 func TestInitrd(t *testing.T) {
 	c := tinyConfig(t,
 		[]byte{0x8b, 0x86, 0x18, 2, 0, 0, // mov eax, [rsi+0x218]: ramdisk_image
@@ -341,6 +423,7 @@ func TestNewRefuses(t *testing.T) {
 	}{
 		"no vCPU":                   {func(c *Config) { c.VCPUs = 0 }, "0 vCPUs"},
 		"too many vCPUs":            {func(c *Config) { c.VCPUs = 33 }, "33 vCPUs"},
+		"too many in the end":       {func(c *Config) { c.MaxVCPUs = 33 }, "33 vCPUs"},
 		"not /dev/kvm":              {func(c *Config) { c.KVM = notKVM }, "KVM_GET_API_VERSION"},
 		"no memory":                 {func(c *Config) { c.MemoryBytes = 0 }, "at least 32 MiB"},
 		"odd memory":                {func(c *Config) { c.MemoryBytes += 4096 }, "multiple of 1 MiB"},

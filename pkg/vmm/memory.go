@@ -32,19 +32,13 @@ func (m *Machine) addMemory(size uint64) error {
 		return fmt.Errorf("guest memory: %w", err)
 	}
 	m.mappings = append(m.mappings, ram)
+	m.ram = size
 	if err := ram.anonymous(0, size, unix.PROT_READ|unix.PROT_WRITE); err != nil {
 		return fmt.Errorf("guest memory: %w", err)
 	}
 	b := ram.bytes()
-	// A core dump of ours is not to hold the guest's secrets, nor gigabytes.
-	if err := unix.Madvise(b, unix.MADV_DONTDUMP); err != nil {
-		return fmt.Errorf("guest memory: MADV_DONTDUMP: %w", err)
-	}
-	// Huge pages halve the time to load the kernel and spare the guest most of
-	// its faults. They cost some 10 MiB of a small idle guest. EINVAL: the host's
-	// kernel has none.
-	if err := unix.Madvise(b, unix.MADV_HUGEPAGE); err != nil && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("guest memory: MADV_HUGEPAGE: %w", err)
+	if err := adviseGuestMemory(b); err != nil {
+		return fmt.Errorf("guest memory: %w", err)
 	}
 	low := min(size, uint64(lowMemoryEnd))
 	if err := m.addRegion(memory.Region{Bytes: b[:low:low]}, ram.address()); err != nil {
@@ -54,6 +48,21 @@ func (m *Machine) addMemory(size uint64) error {
 	if size > low {
 		m.highEnd += memory.GuestAddress(size - low)
 		return m.addRegion(memory.Region{Start: highMemoryAddr, Bytes: b[low:size:size]}, ram.address()+low)
+	}
+	return nil
+}
+
+// adviseGuestMemory tells the kernel how a mapping is going to be used.
+func adviseGuestMemory(b []byte) error {
+	// A core dump of ours is not to hold the guest's secrets, nor gigabytes.
+	if err := unix.Madvise(b, unix.MADV_DONTDUMP); err != nil {
+		return fmt.Errorf("MADV_DONTDUMP: %w", err)
+	}
+	// Huge pages halve the time to load the kernel and spare the guest most of
+	// its faults. They cost some 10 MiB of a small idle guest. EINVAL: the host's
+	// kernel has none.
+	if err := unix.Madvise(b, unix.MADV_HUGEPAGE); err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("MADV_HUGEPAGE: %w", err)
 	}
 	return nil
 }

@@ -30,6 +30,51 @@ type vcpu struct {
 	parked bool // it has left the guest and waits for Machine.want to change
 }
 
+// StartVCPUs makes processors until there are n, up to Config.MaxVCPUs, and runs
+// them if the machine runs. One that is there stays: KVM cannot take it back.
+// The guest starts a processor as any PC's, by an IPI, which nobody hears
+// before this.
+//
+// A processor that the guest may have some day costs the host nothing before it
+// is made; after that some 75 KiB in KVM, and a thread.
+func (m *Machine) StartVCPUs(n int) error {
+	if n > m.maxVCPU {
+		return fmt.Errorf("%d vCPUs: this machine has at most %d", n, m.maxVCPU)
+	}
+	m.plug.Lock()
+	defer m.plug.Unlock()
+	for {
+		m.mu.Lock()
+		id, ended := len(m.vcpus), m.want == wantEnded
+		m.mu.Unlock()
+		if ended {
+			return errEnded
+		}
+		if id >= n {
+			return nil
+		}
+		v, err := m.newVCPU(id)
+		if err != nil {
+			return err
+		}
+		m.mu.Lock()
+		m.vcpus = append(m.vcpus, v)
+		if m.launched && m.want != wantEnded {
+			m.running.Go(v.run)
+		}
+		m.mu.Unlock()
+	}
+}
+
+// close gives back what createVCPU took.
+func (v *vcpu) close() error {
+	var err error
+	if v.stats != nil {
+		err = v.stats.Close()
+	}
+	return errors.Join(err, v.kvm.Close())
+}
+
 // Exit counters: one for each KVM exit reason, those of ports and MMIO by
 // direction.
 const (
