@@ -17,6 +17,7 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/vmm"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/balloon"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/console"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/rng"
@@ -78,6 +79,7 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	devices := []virtio.Device{
 		m.console,
 		rng.New(rand.Reader),
+		balloon.New(log),
 		m.vsock,
 	}
 	if config.SharedTag != "" {
@@ -96,14 +98,16 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	}
 
 	vc := vmm.Config{
-		KVM:         files[control.FileKVM],
-		Kernel:      files[control.FileKernel],
-		CommandLine: commandLine(config),
-		MemoryBytes: config.MemoryBytes,
-		VCPUs:       config.VCPUs,
-		Pmem:        []vmm.PmemConfig{{File: image, ReadOnly: true}},
-		Devices:     devices,
-		Log:         log,
+		KVM:            files[control.FileKVM],
+		Kernel:         files[control.FileKernel],
+		CommandLine:    commandLine(config),
+		MemoryBytes:    config.MemoryBytes,
+		MaxMemoryBytes: config.MaxMemoryBytes,
+		VCPUs:          config.VCPUs,
+		MaxVCPUs:       config.MaxVCPUs,
+		Pmem:           []vmm.PmemConfig{{File: image, ReadOnly: true}},
+		Devices:        devices,
+		Log:            log,
 		Phase: func(name string) {
 			h.phase(name)
 			if name == phaseRunning {
@@ -155,6 +159,17 @@ func commandLine(c control.Config) string {
 		// PCI bus: nothing to probe for.
 		"no_timer_check", "pci=lastbus=0,noearly",
 	}
+	if c.MaxVCPUs > c.VCPUs {
+		// The others are brought on line by the agent, when they are wanted.
+		parameters = append(parameters, fmt.Sprintf("maxcpus=%d", c.VCPUs))
+	}
+	if c.MaxMemoryBytes > c.MemoryBytes {
+		// Plugged memory is put to use at once: as movable, which can always be
+		// unplugged, up to three times what the kernel has for itself (that is
+		// auto_movable_ratio), and the rest for everything. All of it movable
+		// would leave a guest that has grown far without memory for its kernel.
+		parameters = append(parameters, "memhp_default_state=online", "memory_hotplug.online_policy=auto-movable")
+	}
 	if c.DebugConsole {
 		parameters = slices.DeleteFunc(parameters, func(p string) bool { return p == "quiet" })
 		parameters = append(parameters, "earlyprintk=serial,ttyS0", "loglevel=7")
@@ -189,7 +204,7 @@ func (m *machine) stats() (control.Stats, error) {
 	if err != nil {
 		return control.Stats{}, err
 	}
-	s := control.Stats{Exits: map[string]uint64{}, KVM: map[string]uint64{}, NICs: m.traffic()}
+	s := control.Stats{Exits: map[string]uint64{}, KVM: map[string]uint64{}, NICs: m.traffic(), Size: m.size(len(vcpus))}
 	for _, v := range vcpus {
 		for reason, n := range v.Exits {
 			s.Exits[reason] += n
@@ -199,4 +214,24 @@ func (m *machine) stats() (control.Stats, error) {
 		}
 	}
 	return s, nil
+}
+
+// resize asks for a size and says which one there is.
+func (m *machine) resize(want control.Size) (control.Size, error) {
+	if err := m.StartVCPUs(want.VCPUs); err != nil {
+		return control.Size{}, err
+	}
+	if err := m.ResizeMemory(want.MemoryBytes); err != nil {
+		return control.Size{}, err
+	}
+	vcpus, err := m.VCPUStats()
+	if err != nil {
+		return control.Size{}, err
+	}
+	return m.size(len(vcpus)), nil
+}
+
+func (m *machine) size(vcpus int) control.Size {
+	memory, _ := m.MemoryBytes()
+	return control.Size{VCPUs: vcpus, MemoryBytes: memory}
 }

@@ -86,6 +86,7 @@ func serve(log *slog.Logger) error {
 			AttachDisk: machine.attachDisk,
 			Detach:     machine.detach,
 			Stop:       machine.Stop,
+			Resize:     machine.resize,
 		}); err != nil {
 			log.Error("control socket", "error", err)
 		}

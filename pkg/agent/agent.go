@@ -56,6 +56,7 @@ type Agent struct {
 	network *guestNetwork
 	// forwards has an element for each connection of Forward.
 	forwards chan struct{}
+	size     *guestSize
 	ready    int64
 
 	shutdown     chan struct{}
@@ -83,6 +84,9 @@ func New(config Config) (*Agent, error) {
 		containers: make(map[string]*container),
 	}
 	var err error
+	if a.size, err = newGuestSize(a.log); err != nil {
+		return nil, err
+	}
 	if a.oom, err = newOOMWatch(a.events, a.log); err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 // The protocol between the shim on the host and the agent in the guest. It is
 // spoken over ttrpc on one vsock connection, which the agent opens to host
-// port 1024 when it is ready to serve; the shim is the ttrpc client on it.
+// port 1024 as the first thing it does; the shim is the ttrpc client on it. The
+// first call is answered when the agent has set up the guest.
 //
 // Standard streams do not travel in messages. For each stream of a process the
 // shim dials guest port 1025 and writes the stream's id as 8 bytes, big
@@ -1801,6 +1802,112 @@ func (x *ForwardRequest) GetIpv6First() bool {
 	return false
 }
 
+type ResizeSandboxRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Processors wanted on line, at least one.
+	Cpus uint32 `protobuf:"varint,1,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	// Memory wanted beyond what the guest has booted with.
+	PluggedBytes  uint64 `protobuf:"varint,2,opt,name=plugged_bytes,json=pluggedBytes,proto3" json:"plugged_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeSandboxRequest) Reset() {
+	*x = ResizeSandboxRequest{}
+	mi := &file_agent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeSandboxRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeSandboxRequest) ProtoMessage() {}
+
+func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeSandboxRequest.ProtoReflect.Descriptor instead.
+func (*ResizeSandboxRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ResizeSandboxRequest) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *ResizeSandboxRequest) GetPluggedBytes() uint64 {
+	if x != nil {
+		return x.PluggedBytes
+	}
+	return 0
+}
+
+type ResizeSandboxResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cpus          uint32                 `protobuf:"varint,1,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	PluggedBytes  uint64                 `protobuf:"varint,2,opt,name=plugged_bytes,json=pluggedBytes,proto3" json:"plugged_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeSandboxResponse) Reset() {
+	*x = ResizeSandboxResponse{}
+	mi := &file_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeSandboxResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeSandboxResponse) ProtoMessage() {}
+
+func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeSandboxResponse.ProtoReflect.Descriptor instead.
+func (*ResizeSandboxResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ResizeSandboxResponse) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *ResizeSandboxResponse) GetPluggedBytes() uint64 {
+	if x != nil {
+		return x.PluggedBytes
+	}
+	return 0
+}
+
 var File_agent_proto protoreflect.FileDescriptor
 
 const file_agent_proto_rawDesc = "" +
@@ -1934,7 +2041,13 @@ const file_agent_proto_rawDesc = "" +
 	"\x06stream\x18\x01 \x01(\x04R\x06stream\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1d\n" +
 	"\n" +
-	"ipv6_first\x18\x03 \x01(\bR\tipv6First2\xa8\v\n" +
+	"ipv6_first\x18\x03 \x01(\bR\tipv6First\"O\n" +
+	"\x14ResizeSandboxRequest\x12\x12\n" +
+	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12#\n" +
+	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes\"P\n" +
+	"\x15ResizeSandboxResponse\x12\x12\n" +
+	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12#\n" +
+	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\x8a\f\n" +
 	"\x05Agent\x12E\n" +
 	"\x04Info\x12\x1d.microvm.agent.v1.InfoRequest\x1a\x1e.microvm.agent.v1.InfoResponse\x12U\n" +
 	"\x10ConfigureSandbox\x12).microvm.agent.v1.ConfigureSandboxRequest\x1a\x16.google.protobuf.Empty\x12d\n" +
@@ -1953,7 +2066,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x0eContainerStats\x12\".microvm.agent.v1.ContainerRequest\x1a(.microvm.agent.v1.ContainerStatsResponse\x12B\n" +
 	"\rUpdateNetwork\x12\x19.microvm.agent.v1.Network\x1a\x16.google.protobuf.Empty\x12C\n" +
 	"\aForward\x12 .microvm.agent.v1.ForwardRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
-	"\x06Events\x12\x1f.microvm.agent.v1.EventsRequest\x1a\x17.microvm.agent.v1.Event0\x01\x12:\n" +
+	"\x06Events\x12\x1f.microvm.agent.v1.EventsRequest\x1a\x17.microvm.agent.v1.Event0\x01\x12`\n" +
+	"\rResizeSandbox\x12&.microvm.agent.v1.ResizeSandboxRequest\x1a'.microvm.agent.v1.ResizeSandboxResponse\x12:\n" +
 	"\bShutdown\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.EmptyB>Z<github.com/microvm-runtime/microvm/pkg/agentproto;agentprotob\x06proto3"
 
 var (
@@ -1968,7 +2082,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),             // 0: microvm.agent.v1.InfoRequest
 	(*InfoResponse)(nil),            // 1: microvm.agent.v1.InfoResponse
@@ -1998,22 +2112,24 @@ var file_agent_proto_goTypes = []any{
 	(*NextHop)(nil),                 // 25: microvm.agent.v1.NextHop
 	(*Neighbour)(nil),               // 26: microvm.agent.v1.Neighbour
 	(*ForwardRequest)(nil),          // 27: microvm.agent.v1.ForwardRequest
-	nil,                             // 28: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),   // 29: google.protobuf.Timestamp
-	(*anypb.Any)(nil),               // 30: google.protobuf.Any
-	(*emptypb.Empty)(nil),           // 31: google.protobuf.Empty
+	(*ResizeSandboxRequest)(nil),    // 28: microvm.agent.v1.ResizeSandboxRequest
+	(*ResizeSandboxResponse)(nil),   // 29: microvm.agent.v1.ResizeSandboxResponse
+	nil,                             // 30: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
+	(*anypb.Any)(nil),               // 32: google.protobuf.Any
+	(*emptypb.Empty)(nil),           // 33: google.protobuf.Empty
 }
 var file_agent_proto_depIdxs = []int32{
-	28, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	29, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
+	30, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	31, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
 	21, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
 	3,  // 3: microvm.agent.v1.CreateContainerRequest.streams:type_name -> microvm.agent.v1.Streams
 	5,  // 4: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
 	3,  // 5: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
-	29, // 6: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	31, // 6: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
 	15, // 7: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
-	30, // 8: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
-	29, // 9: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
+	32, // 8: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
+	31, // 9: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
 	20, // 10: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
 	22, // 11: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
 	24, // 12: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
@@ -2037,27 +2153,29 @@ var file_agent_proto_depIdxs = []int32{
 	21, // 30: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
 	27, // 31: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
 	18, // 32: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
-	31, // 33: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
-	1,  // 34: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
-	31, // 35: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
-	6,  // 36: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
-	31, // 37: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
-	9,  // 38: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
-	10, // 39: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
-	31, // 40: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
-	31, // 41: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
-	31, // 42: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
-	14, // 43: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
-	31, // 44: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
-	31, // 45: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
-	31, // 46: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
-	17, // 47: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	31, // 48: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
-	31, // 49: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
-	19, // 50: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
-	31, // 51: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
-	34, // [34:52] is the sub-list for method output_type
-	16, // [16:34] is the sub-list for method input_type
+	28, // 33: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
+	33, // 34: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
+	1,  // 35: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
+	33, // 36: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
+	6,  // 37: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
+	33, // 38: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
+	9,  // 39: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
+	10, // 40: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
+	33, // 41: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
+	33, // 42: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
+	33, // 43: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
+	14, // 44: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
+	33, // 45: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
+	33, // 46: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
+	33, // 47: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
+	17, // 48: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	33, // 49: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
+	33, // 50: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
+	19, // 51: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
+	29, // 52: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
+	33, // 53: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
+	35, // [35:54] is the sub-list for method output_type
+	16, // [16:35] is the sub-list for method input_type
 	16, // [16:16] is the sub-list for extension type_name
 	16, // [16:16] is the sub-list for extension extendee
 	0,  // [0:16] is the sub-list for field type_name
@@ -2077,7 +2195,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

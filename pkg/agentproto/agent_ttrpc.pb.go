@@ -26,6 +26,7 @@ type AgentService interface {
 	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
 	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest, Agent_EventsServer) error
+	ResizeSandbox(context.Context, *ResizeSandboxRequest) (*ResizeSandboxResponse, error)
 	Shutdown(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
 }
 
@@ -157,6 +158,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.Forward(ctx, &req)
 			},
+			"ResizeSandbox": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ResizeSandboxRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ResizeSandbox(ctx, &req)
+			},
 			"Shutdown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req emptypb.Empty
 				if err := unmarshal(&req); err != nil {
@@ -199,6 +207,7 @@ type AgentClient interface {
 	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
 	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest) (Agent_EventsClient, error)
+	ResizeSandbox(context.Context, *ResizeSandboxRequest) (*ResizeSandboxResponse, error)
 	Shutdown(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
 }
 
@@ -367,6 +376,14 @@ func (x *agentEventsClient) Recv() (*Event, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+func (c *agentClient) ResizeSandbox(ctx context.Context, req *ResizeSandboxRequest) (*ResizeSandboxResponse, error) {
+	var resp ResizeSandboxResponse
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "ResizeSandbox", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
 }
 
 func (c *agentClient) Shutdown(ctx context.Context, req *emptypb.Empty) (*emptypb.Empty, error) {

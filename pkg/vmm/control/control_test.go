@@ -115,6 +115,12 @@ func vmmServe(s *Server) {
 			}
 			return nil
 		},
+		Resize: func(want Size) (Size, error) {
+			if want.VCPUs > r.Config.MaxVCPUs {
+				return Size{}, errors.New("too many")
+			}
+			return Size{VCPUs: want.VCPUs, MemoryBytes: want.MemoryBytes / 2}, nil
+		},
 	})
 	if err != nil {
 		panic(err)
@@ -178,7 +184,7 @@ func launch(t *testing.T, name string) (*VMM, error) {
 		Image:   tempFile(t, "image"),
 		Console: tempFile(t, ""),
 		Log:     os.Stderr,
-		Config:  Config{VCPUs: 2, MemoryBytes: 1 << 28, ListenPorts: []uint32{1024}},
+		Config:  Config{VCPUs: 2, MaxVCPUs: 4, MemoryBytes: 1 << 28, ListenPorts: []uint32{1024}},
 	})
 	if err == nil {
 		t.Cleanup(func() { v.Kill(); <-v.Done() })
@@ -228,6 +234,12 @@ func TestLifeOfAVMM(t *testing.T) {
 	}
 	if err := v.Resume(t.Context()); err != nil {
 		t.Error(err)
+	}
+	if now, err := v.Resize(t.Context(), Size{VCPUs: 3, MemoryBytes: 8 << 30}); err != nil || now != (Size{3, 4 << 30}) {
+		t.Errorf("Resize: %+v, %v", now, err)
+	}
+	if _, err := v.Resize(t.Context(), Size{VCPUs: 5}); err == nil || !strings.HasSuffix(err.Error(), "too many") {
+		t.Errorf("Resize to too many vCPUs: %v", err)
 	}
 	if s, err := v.Stats(t.Context()); err != nil || s.Exits["io"] != 7 {
 		t.Errorf("Stats: %v, %v", s, err)

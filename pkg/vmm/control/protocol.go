@@ -66,6 +66,9 @@ const (
 type Config struct {
 	VCPUs       int    `json:"vcpus"`
 	MemoryBytes uint64 `json:"memory_bytes"`
+	// MaxVCPUs and MaxMemoryBytes are up to where Resize goes; zero: it does not.
+	MaxVCPUs       int    `json:"max_vcpus,omitempty"`
+	MaxMemoryBytes uint64 `json:"max_memory_bytes,omitempty"`
 	// CommandLine is added to the kernel parameters that the VMM itself needs.
 	CommandLine string `json:"command_line,omitempty"`
 	// SharedTag names the virtio-fs device over the FileShared descriptor;
@@ -142,6 +145,8 @@ type Stats struct {
 	KVM map[string]uint64 `json:"kvm,omitempty"`
 	// NICs are those on the bus now, by PCI address.
 	NICs map[string]NICStats `json:"nics,omitempty"`
+	// Size is what the guest has now.
+	Size Size `json:"size"`
 }
 
 // NICStats are the counters of a NIC, from the guest's side: what it received

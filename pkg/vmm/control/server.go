@@ -98,6 +98,8 @@ type Handler struct {
 	AttachDisk func(disk Disk, file *os.File) (address string, err error)
 	// Detach takes one off again and closes its files.
 	Detach func(address string) error
+	// Resize asks for a size and returns the one there is.
+	Resize func(Size) (Size, error)
 }
 
 // Serve answers requests until the shim's end is closed (nil) or the socket
@@ -139,6 +141,15 @@ func (s *Server) handle(ctx context.Context, h Handler, m message, files []*os.F
 		err = h.Pause()
 	case methodResume:
 		err = h.Resume()
+	case methodResize:
+		var size Size
+		if err = json.Unmarshal(m.Body, &size); err != nil {
+			break
+		}
+		if size, err = h.Resize(size); err == nil {
+			s.reply(m.ID, size, nil)
+			return
+		}
 	case methodStats:
 		var stats Stats
 		if stats, err = h.Stats(); err == nil {
