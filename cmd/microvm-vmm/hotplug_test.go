@@ -139,7 +139,7 @@ func startMachine(t *testing.T) *machine {
 func TestHotplug(t *testing.T) {
 	m := startMachine(t)
 	// pmem, console, rng and vsock come first.
-	const disk, nic, next = "0000:00:04.0", "0000:00:05.0", "0000:00:07.0" // after pvpanic
+	const disk, nic, next = "0000:00:05.0", "0000:00:06.0", "0000:00:08.0" // after pvpanic
 	traffic := func() map[string]control.NICStats {
 		t.Helper()
 		s, err := m.stats()
@@ -208,7 +208,7 @@ func TestHotplug(t *testing.T) {
 func TestHotplugFull(t *testing.T) {
 	m := startMachine(t)
 	content := make([]byte, 512)
-	for range 32 - 7 {
+	for range 32 - 8 {
 		if _, err := m.attachDisk(control.Disk{}, tempFile(t, "disk", content)); err != nil {
 			t.Fatal(err)
 		}

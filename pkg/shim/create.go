@@ -166,6 +166,12 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err != nil {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
+	s.sandbox.resizer.come(ctx, r.GetID(), containerLimits(spec))
+	defer func() {
+		if err != nil {
+			s.sandbox.resizer.gone(r.GetID())
+		}
+	}()
 	return s.createInGuest(ctx, r, guest, rewritten)
 }
 

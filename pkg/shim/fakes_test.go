@@ -43,6 +43,7 @@ type fakeMachine struct {
 	mu      sync.Mutex
 	conns   []*net.UnixConn // the guest's ends
 	nics    map[string]control.NIC
+	sizes   []control.Size
 	exit    control.Exit
 	done    chan struct{}
 	endOnce sync.Once
@@ -125,6 +126,14 @@ func (m *fakeMachine) Accept(ctx context.Context, port uint32) (*net.UnixConn, e
 func (m *fakeMachine) Stop(context.Context) error {
 	m.end(control.ReasonStopped, "vCPU 0 halted at rip 0x1234")
 	return nil
+}
+
+// Resize does all that it is asked for.
+func (m *fakeMachine) Resize(_ context.Context, size control.Size) (control.Size, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sizes = append(m.sizes, size)
+	return size, nil
 }
 
 func (m *fakeMachine) Kill() error {

@@ -32,6 +32,7 @@ type machine interface {
 	Stop(ctx context.Context) error
 	AttachNIC(ctx context.Context, nic control.NIC, taps []*os.File) (pciAddress string, err error)
 	Detach(ctx context.Context, pciAddress string) error
+	Resize(ctx context.Context, size control.Size) (control.Size, error)
 	Kill() error
 	Done() <-chan struct{}
 	Exit() control.Exit
@@ -41,6 +42,7 @@ type machine interface {
 type launchRequest struct {
 	config *config.Config
 	size   size
+	limit  size     // up to where it can grow
 	shared *os.File // stays the caller's
 	// devices are the machine's network cards; their files stay the caller's.
 	devices []network.Device
@@ -89,13 +91,15 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 		Console: r.console,
 		Log:     r.log,
 		Config: control.Config{
-			VCPUs:        r.size.vcpus,
-			MemoryBytes:  r.size.memory,
-			CommandLine:  r.config.KernelParams,
-			SharedTag:    sharedTag,
-			NICs:         nics,
-			ListenPorts:  []uint32{agentclient.ControlPort},
-			DebugConsole: r.config.Debug,
+			VCPUs:          r.size.vcpus,
+			MaxVCPUs:       r.limit.vcpus,
+			MemoryBytes:    r.size.memory,
+			MaxMemoryBytes: r.limit.memory,
+			CommandLine:    r.config.KernelParams,
+			SharedTag:      sharedTag,
+			NICs:           nics,
+			ListenPorts:    []uint32{agentclient.ControlPort},
+			DebugConsole:   r.config.Debug,
 		},
 		// The VMM needs no network, and what looks up a task's network by its
 		// process must not find the host's: it is the sandbox's if that was

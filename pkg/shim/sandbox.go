@@ -80,6 +80,8 @@ type sandbox struct {
 	// agent is set as long as the machine is up.
 	agent *agentclient.Client
 	logs  *machineLogs
+	// resizer is set with the agent.
+	resizer *resizer
 	// placed is nil when the sandbox has no cgroup.
 	placed *placement
 	net    netState
@@ -176,6 +178,7 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 	vm, err := s.host.launch(ctx, launchRequest{
 		config:  conf,
 		size:    size,
+		limit:   sizeLimit(conf, s.host.cpus, s.host.memory),
 		shared:  shared,
 		devices: devices,
 		console: console,
@@ -198,6 +201,7 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 		return logs.describe(s.bootError(ctx, err))
 	}
 	s.agent = agentclient.New(conn)
+	s.resizer = newResizer(conf, s.host, c.limits, vm.Resize, s.agent.ResizeSandbox)
 	return nil
 }
 

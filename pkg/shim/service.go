@@ -149,6 +149,7 @@ func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 		s.mu.Lock()
 		delete(s.containers, c.id)
 		s.mu.Unlock()
+		c.sandbox.resizer.gone(c.id)
 	}
 	if err != nil {
 		return nil, err
@@ -281,7 +282,9 @@ func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*em
 	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
 		return nil, fmt.Errorf("cannot update a stopped container: %w", errdefs.ErrFailedPrecondition)
 	}
-	return empty, c.sandbox.agent.Update(ctx, c.id, data)
+	return empty, c.sandbox.resizer.change(ctx, c.id, &resources, func() error {
+		return c.sandbox.agent.Update(ctx, c.id, data)
+	})
 }
 
 func (s *service) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {

@@ -71,22 +71,20 @@ func (m *Machine) addHotMemory(system *kvm.System, limit uint64) error {
 	return err
 }
 
-// hotMemoryShape says how much of size bytes can be plugged at start, and by
-// which blocks. It leaves half of the guest's address space to others.
+// hotMemoryShape says how much of size bytes, rounded up to blocks, can be
+// plugged at start, and by which blocks. It leaves half of the guest's address
+// space to others.
 func hotMemoryShape(size, start uint64, physBits, slots int) (most, block uint64, count int) {
 	slots = min(slots, maxHotBlocks)
 	end := uint64(1) << (min(physBits, 63) - 1)
-	if slots < 1 || start >= end {
+	if slots < 1 || start >= end || size == 0 {
 		return 0, 0, 0
 	}
 	size = min(size, end-start)
 	for block = minHotBlock; roundUp(size, hotMemoryUnit)/block > uint64(slots); {
 		block *= 2
 	}
-	most = size / block * block
-	if most == 0 {
-		return 0, 0, 0
-	}
+	most = roundUp(size, block)
 	return most, block, int(roundUp(most, max(hotMemoryUnit, block)) / block)
 }
 

@@ -224,7 +224,7 @@ func TestHotMemoryShape(t *testing.T) {
 		count           int
 	}{
 		{"small", 100 << 20, 4 * gib, 46, 32000, 100 << 20, 2 << 20, 64},
-		{"odd", 3<<20 + 4096, 4 * gib, 46, 32000, 2 << 20, 2 << 20, 64},
+		{"odd", 3<<20 + 4096, 4 * gib, 46, 32000, 4 << 20, 2 << 20, 64},
 		{"16 GiB", 16*gib - hotMemoryUnit, 4 * gib, 46, 32000, 16*gib - hotMemoryUnit, 2 << 20, 8128},
 		{"more", 64 * gib, 4 * gib, 46, 32000, 64 * gib, 8 << 20, 8192},
 		{"much more", 1024 * gib, 4 * gib, 46, 32000, 1024 * gib, 128 << 20, 8192},
@@ -233,7 +233,8 @@ func TestHotMemoryShape(t *testing.T) {
 		{"few address bits", 64 * gib, 4 * gib, 36, 32000, 28 * gib, 4 << 20, 7168},
 		{"fewer", 64 * gib, 4 * gib, 32, 32000, 0, 0, 0},
 		{"all address bits", gib, 4 * gib, 64, 32000, gib, 2 << 20, 512},
-		{"less than a block", 1 << 20, 4 * gib, 46, 32000, 0, 0, 0},
+		{"less than a block", 1 << 20, 4 * gib, 46, 32000, 2 << 20, 2 << 20, 64},
+		{"nothing", 0, 4 * gib, 46, 32000, 0, 0, 0},
 	} {
 		most, block, count := hotMemoryShape(tc.size, tc.start, tc.physBits, tc.slots)
 		if most != tc.most || count != tc.count || count > 0 && block != tc.block {

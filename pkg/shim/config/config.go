@@ -38,6 +38,10 @@ type Config struct {
 	// DefaultVCPUs and DefaultMemory (bytes) are what a machine gets at least.
 	DefaultVCPUs  int
 	DefaultMemory uint64
+	// MaxVCPUs and MaxMemory (bytes) are what it may grow to; zero: to what the
+	// host has.
+	MaxVCPUs  int
+	MaxMemory uint64
 	// BootTimeout bounds the time from the VMM's start to the agent's first
 	// word.
 	BootTimeout time.Duration
@@ -54,6 +58,8 @@ type file struct {
 	VMM           string `toml:"vmm"`
 	DefaultVCPUs  int    `toml:"default_vcpus"`
 	DefaultMemory string `toml:"default_memory"`
+	MaxVCPUs      int    `toml:"max_vcpus"`
+	MaxMemory     string `toml:"max_memory"`
 	BootTimeout   string `toml:"boot_timeout"`
 	KernelParams  string `toml:"kernel_params"`
 	Debug         bool   `toml:"debug"`
@@ -161,6 +167,9 @@ func (f *file) check() (*Config, error) {
 			f.DefaultMemory, units.BytesSize(MinMemory))
 	}
 	c.DefaultMemory = uint64(memory)
+	if err := f.checkMax(c); err != nil {
+		return nil, err
+	}
 	c.BootTimeout, err = time.ParseDuration(f.BootTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("configuration: boot_timeout: %w", err)
@@ -177,4 +186,24 @@ func (f *file) check() (*Config, error) {
 		}
 	}
 	return c, nil
+}
+
+// checkMax takes over how large a machine may become.
+func (f *file) checkMax(c *Config) error {
+	c.MaxVCPUs = f.MaxVCPUs
+	if c.MaxVCPUs != 0 && (c.MaxVCPUs < c.DefaultVCPUs || c.MaxVCPUs > MaxVCPUs) {
+		return fmt.Errorf("configuration: max_vcpus: %d is not between default_vcpus and %d", c.MaxVCPUs, MaxVCPUs)
+	}
+	if f.MaxMemory == "" {
+		return nil
+	}
+	memory, err := units.RAMInBytes(f.MaxMemory)
+	if err != nil {
+		return fmt.Errorf("configuration: max_memory: %w", err)
+	}
+	if memory < 0 || uint64(memory) < c.DefaultMemory || memory > math.MaxInt64/2 {
+		return fmt.Errorf("configuration: max_memory: %q is less than default_memory or absurd", f.MaxMemory)
+	}
+	c.MaxMemory = uint64(memory)
+	return nil
 }

@@ -40,10 +40,12 @@ image = "/a/i"
 vmm = "/a/v"
 default_vcpus = 4
 default_memory = "2GiB"
+max_vcpus = 8
+max_memory = "16GiB"
 boot_timeout = "90s"
 kernel_params = "quiet lockdown=integrity"
 debug = true`,
-			want: Config{Kernel: "/a/k", Image: "/a/i", VMM: "/a/v", DefaultVCPUs: 4, DefaultMemory: 2 << 30,
+			want: Config{Kernel: "/a/k", Image: "/a/i", VMM: "/a/v", DefaultVCPUs: 4, DefaultMemory: 2 << 30, MaxVCPUs: 8, MaxMemory: 16 << 30,
 				BootTimeout: 90 * time.Second, KernelParams: "quiet lockdown=integrity", Debug: true},
 		},
 		{
@@ -114,6 +116,12 @@ func TestBadConfiguration(t *testing.T) {
 		{`default_memory = "-1GiB"`, "default_memory"},
 		{`default_memory = "lots"`, "default_memory"},
 		{`default_memory = "99999999999GiB"`, "default_memory"},
+		{"max_vcpus = 33", "max_vcpus: 33"},
+		{"default_vcpus = 4\nmax_vcpus = 3", "max_vcpus: 3"},
+		{"max_vcpus = -1", "max_vcpus: -1"},
+		{`max_memory = "511MiB"`, "max_memory"},
+		{`max_memory = "-1GiB"`, "max_memory"},
+		{`max_memory = "all"`, "max_memory"},
 		{`boot_timeout = "soon"`, "boot_timeout"},
 		{`boot_timeout = "0s"`, "boot_timeout"},
 		{`boot_timeout = "-5s"`, "boot_timeout"},
