@@ -20,7 +20,18 @@ import (
 
 const resizeBy = 256 << 20 // bytes of memory, that are plugged and used
 
-func init() { guestActions["resize"] = guestResize }
+func init() {
+	guestActions["resize"] = guestResize
+	guestActions["meminfo"] = func(say func(string, ...any)) {
+		online, _ := os.ReadFile("/sys/devices/system/cpu/online")
+		present, _ := os.ReadFile("/sys/devices/system/cpu/present")
+		say("cpus online=%s present=%s", bytes.TrimSpace(online), bytes.TrimSpace(present))
+		meminfo, _ := os.ReadFile("/proc/meminfo")
+		for line := range strings.Lines(string(meminfo)) {
+			say("%s", strings.Join(strings.Fields(line), " "))
+		}
+	}
+}
 
 // guestResize does its part of TestGuestResize.
 func guestResize(say func(string, ...any)) {
@@ -38,12 +49,6 @@ func guestResize(say func(string, ...any)) {
 	await := func(size uint64) {
 		for total() != size {
 			time.Sleep(10 * time.Millisecond)
-		}
-	}
-	meminfo, _ := os.ReadFile("/proc/meminfo")
-	for line := range strings.Lines(string(meminfo)) {
-		if strings.HasPrefix(line, "Percpu:") || strings.HasPrefix(line, "MemFree:") {
-			say("%s", strings.Join(strings.Fields(line), " "))
 		}
 	}
 	booted := total()
@@ -150,5 +155,31 @@ func TestGuestResize(t *testing.T) {
 	t.Logf("%d MiB in the end; console:\n%s", residentAnon(t)>>20, console)
 	if exit := <-ended; exit.Reason != ExitPowerOff {
 		t.Errorf("exit %+v", exit)
+	}
+}
+
+// TestGuestResizeCosts sees what it costs a guest that it may grow.
+func TestGuestResizeCosts(t *testing.T) {
+	boot := func(vcpus int, memory uint64) (free int) {
+		c, console := guestConfig(t, "meminfo", "guest.do=poweroff maxcpus=1")
+		c.MaxVCPUs, c.MaxMemoryBytes = vcpus, memory
+		if exit := runGuest(t, c); exit.Reason != ExitPowerOff {
+			t.Errorf("exit %+v", exit)
+		}
+		_, text, found := strings.Cut(console.String(), "guest: MemFree: ")
+		if _, err := fmt.Sscan(text, &free); !found || err != nil {
+			t.Fatalf("no MemFree on the console:\n%s", console)
+		}
+		if vcpus > 1 && !strings.Contains(console.String(), fmt.Sprintf("guest: cpus online=0 present=0-%d\n", vcpus-1)) {
+			t.Errorf("console:\n%s", console)
+		}
+		return free
+	}
+	fixed := boot(1, 0)
+	tall := fixed - boot(1, 64<<30)
+	wide := fixed - boot(MaxVCPUs, 0)
+	t.Logf("%d KiB are free; up to 64 GiB takes %d KiB, up to %d processors %d KiB", fixed, tall, MaxVCPUs, wide)
+	if tall > 4<<10 || wide > MaxVCPUs*512 {
+		t.Error("that is too much")
 	}
 }
