@@ -86,8 +86,12 @@ func TestHotMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	value := func() uint32 { return binary.LittleEndian.Uint32(b) }
-	moves := func() bool { before := value(); return value() != before }
-	waitFor(t, "the guest to count", moves)
+	waitForCount := func(what string) {
+		t.Helper()
+		before := value()
+		waitFor(t, what, func() bool { return value() != before })
+	}
+	waitForCount("the guest to count")
 	for range 10 { // what goes on beside it does not disturb it
 		if err := h.plug(2, 20); err != nil {
 			t.Fatal(err)
@@ -95,14 +99,14 @@ func TestHotMemory(t *testing.T) {
 		if err := h.unplug(5, 3); err != nil {
 			t.Fatal(err)
 		}
-		waitFor(t, "the guest to count while blocks come", moves)
+		waitForCount("the guest to count while blocks come")
 		if err := h.plug(5, 3); err != nil {
 			t.Fatal(err)
 		}
 		if err := h.unplug(2, 20); err != nil {
 			t.Fatal(err)
 		}
-		waitFor(t, "the guest to count while blocks go", moves)
+		waitForCount("the guest to count while blocks go")
 	}
 
 	b[minHotBlock] = 7
@@ -129,7 +133,7 @@ func TestHotMemory(t *testing.T) {
 	if err := h.plug(0, 1); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "the guest to count again", moves)
+	waitForCount("the guest to count again")
 }
 
 // TestHotMemoryFails has KVM refuse a slot in the middle: nothing is left of the
