@@ -3,7 +3,8 @@
 // ready, and then makes containers as it is told.
 //
 // As "guest-agent init", which libcontainer starts, it is the first process of a
-// container until that executes its own program.
+// container until that executes its own program; as "/pause" it is that of
+// namespaces which the containers of a pod share.
 package main
 
 import (
@@ -52,6 +53,9 @@ const (
 func init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" && os.Getenv("_LIBCONTAINER_INITPIPE") != "" {
 		libcontainer.Init() // does not return
+	}
+	if os.Args[0] == agent.PauseName {
+		agent.Pause() // does not return
 	}
 	// Keeps goroutines off the first thread. libcontainer sends the thread of
 	// one of its goroutines into a container's mount namespace and lets it end

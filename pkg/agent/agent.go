@@ -57,6 +57,7 @@ type Agent struct {
 	// forwards has an element for each connection of Forward.
 	forwards chan struct{}
 	size     *guestSize
+	podInit  *podInit
 	ready    int64
 
 	shutdown     chan struct{}
@@ -64,14 +65,24 @@ type Agent struct {
 
 	mu         sync.Mutex
 	configured bool
+	sysctls    map[string]string // the sandbox's
 	// containers has nil for a container that is being made.
 	containers map[string]*container
 }
 
 // New returns an agent that accepts streams, until the listener is closed.
 func New(config Config) (*Agent, error) {
+	// Root of a user namespace has to get through to the root file systems.
+	if err := os.MkdirAll(config.Root, 0o711); err != nil {
+		return nil, fmt.Errorf("make the state directory: %w", err)
+	}
 	if err := os.MkdirAll(filepath.Join(config.Root, "containers"), 0o700); err != nil {
 		return nil, fmt.Errorf("make the state directory: %w", err)
+	}
+	// libcontainer would make it with the first container; it has metrics from
+	// the beginning.
+	if err := os.MkdirAll(cgroupMount+cgroupParent, 0o755); err != nil {
+		return nil, fmt.Errorf("make the containers' cgroup: %w", err)
 	}
 	a := &Agent{
 		config:     config,
@@ -80,6 +91,7 @@ func New(config Config) (*Agent, error) {
 		events:     newEventQueue(config.Log),
 		network:    &guestNetwork{sys: "/sys", index: make(map[deviceKey]int)},
 		forwards:   make(chan struct{}, maxForwards),
+		podInit:    &podInit{reaper: config.Reaper, log: config.Log},
 		shutdown:   make(chan struct{}),
 		containers: make(map[string]*container),
 	}
@@ -155,6 +167,12 @@ func (a *Agent) ConfigureSandbox(_ context.Context, r *agentproto.ConfigureSandb
 			return nil, err
 		}
 	}
+	a.sysctls = r.GetSysctls()
+	if size := r.GetShmBytes(); size != 0 {
+		if err := guest.ResizeShm(size); err != nil {
+			return nil, err
+		}
+	}
 	if tag := r.GetSharedTag(); tag != "" {
 		dir, err := makeDir(a.config.Root, sharedDir)
 		if err != nil {
@@ -205,6 +223,7 @@ func (a *Agent) killAll(ctx context.Context) {
 		})
 	}
 	wg.Wait()
+	a.podInit.kill()
 }
 
 // container returns a container that has been made.

@@ -96,6 +96,15 @@ func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContain
 		}
 	}
 
+	if err := a.joinNamespaces(spec, r.GetPidNamespace()); err != nil {
+		return nil, err
+	}
+	if r.GetAllDevices() {
+		if err := addDevices(spec, "/dev"); err != nil {
+			return nil, err
+		}
+	}
+
 	config, err := libcontainerConfig(spec, c.id)
 	if err != nil {
 		return nil, err
@@ -315,9 +324,18 @@ func (a *Agent) ContainerStats(_ context.Context, r *agentproto.ContainerRequest
 	if err != nil {
 		return nil, err
 	}
-	metrics, err := c.stats()
+	metrics, err := cgroupStats(cgroupPath(c.id))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("metrics of container %q: %w", c.id, err)
+	}
+	return &agentproto.ContainerStatsResponse{Metrics: metrics}, nil
+}
+
+// SandboxStats reads the metrics of all containers together.
+func (a *Agent) SandboxStats(context.Context, *emptypb.Empty) (*agentproto.ContainerStatsResponse, error) {
+	metrics, err := cgroupStats(cgroupParent)
+	if err != nil {
+		return nil, fmt.Errorf("metrics of the sandbox: %w", err)
 	}
 	return &agentproto.ContainerStatsResponse{Metrics: metrics}, nil
 }

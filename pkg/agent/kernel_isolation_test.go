@@ -126,22 +126,6 @@ func TestNamespaces(t *testing.T) {
 	}
 }
 
-func TestUserNamespace(t *testing.T) {
-	s := newSandbox(t)
-	spec := testSpec(t, "id -u; cat /proc/self/uid_map; echo x >/dev/stdout; echo z > /tmp/new; stat -c %u /tmp/new")
-	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
-	spec.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
-	spec.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
-	// A container with a user namespace, but the guest's network and IPC, may
-	// mount neither sysfs nor mqueue.
-	spec.Mounts = without(spec.Mounts, func(m specs.Mount) bool { return strings.HasPrefix(m.Destination, "/sys") || m.Type == "mqueue" })
-	spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/tmp", Type: "tmpfs", Source: "tmpfs"})
-	stdout, stderr, _ := s.output("c", spec)
-	if got := strings.Fields(stdout); strings.Join(got, " ") != "0 0 100000 65536 x 0" {
-		t.Errorf("output %q, %q", stdout, stderr)
-	}
-}
-
 func TestBindMounts(t *testing.T) {
 	s := newSandbox(t)
 	dir := t.TempDir()

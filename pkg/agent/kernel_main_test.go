@@ -27,6 +27,9 @@ func init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" && os.Getenv("_LIBCONTAINER_INITPIPE") != "" {
 		libcontainer.Init()
 	}
+	if os.Args[0] == PauseName {
+		Pause()
+	}
 	runtime.LockOSThread() // as cmd/guest-agent
 }
 

@@ -8,20 +8,20 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
-// stats returns the container's metrics as containerd wants them
+// cgroupStats returns the metrics of a cgroup as containerd wants them
 // (io.containerd.cgroups.v2.Metrics).
-func (c *container) stats() (*anypb.Any, error) {
-	m, err := cgroup2.Load(cgroupPath(c.id))
+func cgroupStats(path string) (*anypb.Any, error) {
+	m, err := cgroup2.Load(path)
 	if err != nil {
-		return nil, fmt.Errorf("load the cgroup of container %q: %w", c.id, err)
+		return nil, fmt.Errorf("load the cgroup: %w", err)
 	}
 	metrics, err := m.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("read the metrics of container %q: %w", c.id, err)
+		return nil, fmt.Errorf("read the cgroup: %w", err)
 	}
 	a, err := typeurl.MarshalAnyToProto(metrics)
 	if err != nil {
-		return nil, fmt.Errorf("marshal the metrics of container %q: %w", c.id, err)
+		return nil, fmt.Errorf("marshal the metrics: %w", err)
 	}
 	return a, nil
 }

@@ -192,7 +192,9 @@ type ConfigureSandboxRequest struct {
 	// The host's wall clock.
 	Time *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
 	// Links, addresses and routes. None: there is the loopback only.
-	Network       *Network `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
+	Network *Network `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
+	// Size of /dev/shm, which the containers share. Zero leaves the default.
+	ShmBytes      uint64 `protobuf:"varint,6,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -260,6 +262,13 @@ func (x *ConfigureSandboxRequest) GetNetwork() *Network {
 		return x.Network
 	}
 	return nil
+}
+
+func (x *ConfigureSandboxRequest) GetShmBytes() uint64 {
+	if x != nil {
+		return x.ShmBytes
+	}
+	return 0
 }
 
 // A stream id of zero means that the stream is not connected (/dev/null).
@@ -333,7 +342,11 @@ type CreateContainerRequest struct {
 	Spec    []byte   `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	Streams *Streams `protobuf:"bytes,3,opt,name=streams,proto3" json:"streams,omitempty"`
 	// File systems on virtio devices to mount before the container is made.
-	Storages      []*Storage `protobuf:"bytes,4,rep,name=storages,proto3" json:"storages,omitempty"`
+	Storages []*Storage `protobuf:"bytes,4,rep,name=storages,proto3" json:"storages,omitempty"`
+	// Whose pid namespace the container is in. Not set: one of its own.
+	PidNamespace *PIDNamespace `protobuf:"bytes,10,opt,name=pid_namespace,json=pidNamespace,proto3" json:"pid_namespace,omitempty"`
+	// The container gets all devices of the guest, as a privileged one does.
+	AllDevices    bool `protobuf:"varint,11,opt,name=all_devices,json=allDevices,proto3" json:"all_devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -396,6 +409,66 @@ func (x *CreateContainerRequest) GetStorages() []*Storage {
 	return nil
 }
 
+func (x *CreateContainerRequest) GetPidNamespace() *PIDNamespace {
+	if x != nil {
+		return x.PidNamespace
+	}
+	return nil
+}
+
+func (x *CreateContainerRequest) GetAllDevices() bool {
+	if x != nil {
+		return x.AllDevices
+	}
+	return false
+}
+
+type PIDNamespace struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The container that it is shared with. Empty: it is the sandbox's, whose
+	// first process reaps and does nothing else.
+	ContainerId   string `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PIDNamespace) Reset() {
+	*x = PIDNamespace{}
+	mi := &file_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PIDNamespace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PIDNamespace) ProtoMessage() {}
+
+func (x *PIDNamespace) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PIDNamespace.ProtoReflect.Descriptor instead.
+func (*PIDNamespace) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PIDNamespace) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
 // Storage is a file system that the agent mounts for a container and unmounts
 // when the container is deleted.
 type Storage struct {
@@ -413,7 +486,7 @@ type Storage struct {
 
 func (x *Storage) Reset() {
 	*x = Storage{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -425,7 +498,7 @@ func (x *Storage) String() string {
 func (*Storage) ProtoMessage() {}
 
 func (x *Storage) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -438,7 +511,7 @@ func (x *Storage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Storage.ProtoReflect.Descriptor instead.
 func (*Storage) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Storage) GetPciAddress() string {
@@ -479,7 +552,7 @@ type CreateProcessResponse struct {
 
 func (x *CreateProcessResponse) Reset() {
 	*x = CreateProcessResponse{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -491,7 +564,7 @@ func (x *CreateProcessResponse) String() string {
 func (*CreateProcessResponse) ProtoMessage() {}
 
 func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -504,7 +577,7 @@ func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProcessResponse.ProtoReflect.Descriptor instead.
 func (*CreateProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CreateProcessResponse) GetPid() uint32 {
@@ -527,7 +600,7 @@ type CreateExecRequest struct {
 
 func (x *CreateExecRequest) Reset() {
 	*x = CreateExecRequest{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +612,7 @@ func (x *CreateExecRequest) String() string {
 func (*CreateExecRequest) ProtoMessage() {}
 
 func (x *CreateExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +625,7 @@ func (x *CreateExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateExecRequest.ProtoReflect.Descriptor instead.
 func (*CreateExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateExecRequest) GetContainerId() string {
@@ -594,7 +667,7 @@ type ProcessRequest struct {
 
 func (x *ProcessRequest) Reset() {
 	*x = ProcessRequest{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +679,7 @@ func (x *ProcessRequest) String() string {
 func (*ProcessRequest) ProtoMessage() {}
 
 func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +692,7 @@ func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRequest.ProtoReflect.Descriptor instead.
 func (*ProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProcessRequest) GetContainerId() string {
@@ -645,7 +718,7 @@ type StartProcessResponse struct {
 
 func (x *StartProcessResponse) Reset() {
 	*x = StartProcessResponse{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -657,7 +730,7 @@ func (x *StartProcessResponse) String() string {
 func (*StartProcessResponse) ProtoMessage() {}
 
 func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -670,7 +743,7 @@ func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProcessResponse.ProtoReflect.Descriptor instead.
 func (*StartProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StartProcessResponse) GetPid() uint32 {
@@ -691,7 +764,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -703,7 +776,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -716,7 +789,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WaitProcessResponse) GetExitStatus() uint32 {
@@ -746,7 +819,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -758,7 +831,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -771,7 +844,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SignalProcessRequest) GetContainerId() string {
@@ -814,7 +887,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -826,7 +899,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -839,7 +912,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ResizePtyRequest) GetContainerId() string {
@@ -879,7 +952,7 @@ type ContainerRequest struct {
 
 func (x *ContainerRequest) Reset() {
 	*x = ContainerRequest{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -891,7 +964,7 @@ func (x *ContainerRequest) String() string {
 func (*ContainerRequest) ProtoMessage() {}
 
 func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -904,7 +977,7 @@ func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerRequest.ProtoReflect.Descriptor instead.
 func (*ContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ContainerRequest) GetContainerId() string {
@@ -923,7 +996,7 @@ type ListProcessesResponse struct {
 
 func (x *ListProcessesResponse) Reset() {
 	*x = ListProcessesResponse{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -935,7 +1008,7 @@ func (x *ListProcessesResponse) String() string {
 func (*ListProcessesResponse) ProtoMessage() {}
 
 func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -948,7 +1021,7 @@ func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListProcessesResponse) GetProcesses() []*ProcessEntry {
@@ -969,7 +1042,7 @@ type ProcessEntry struct {
 
 func (x *ProcessEntry) Reset() {
 	*x = ProcessEntry{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1054,7 @@ func (x *ProcessEntry) String() string {
 func (*ProcessEntry) ProtoMessage() {}
 
 func (x *ProcessEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1067,7 @@ func (x *ProcessEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessEntry.ProtoReflect.Descriptor instead.
 func (*ProcessEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ProcessEntry) GetPid() uint32 {
@@ -1022,7 +1095,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1034,7 +1107,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1047,7 +1120,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *UpdateContainerRequest) GetContainerId() string {
@@ -1074,7 +1147,7 @@ type ContainerStatsResponse struct {
 
 func (x *ContainerStatsResponse) Reset() {
 	*x = ContainerStatsResponse{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1086,7 +1159,7 @@ func (x *ContainerStatsResponse) String() string {
 func (*ContainerStatsResponse) ProtoMessage() {}
 
 func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1099,7 +1172,7 @@ func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatsResponse.ProtoReflect.Descriptor instead.
 func (*ContainerStatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ContainerStatsResponse) GetMetrics() *anypb.Any {
@@ -1117,7 +1190,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1129,7 +1202,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1142,7 +1215,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 type Event struct {
@@ -1158,7 +1231,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1170,7 +1243,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1183,7 +1256,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Event) GetTimestamp() *timestamppb.Timestamp {
@@ -1231,7 +1304,7 @@ type OOMKill struct {
 
 func (x *OOMKill) Reset() {
 	*x = OOMKill{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1243,7 +1316,7 @@ func (x *OOMKill) String() string {
 func (*OOMKill) ProtoMessage() {}
 
 func (x *OOMKill) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1256,7 +1329,7 @@ func (x *OOMKill) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OOMKill.ProtoReflect.Descriptor instead.
 func (*OOMKill) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *OOMKill) GetContainerId() string {
@@ -1280,7 +1353,7 @@ type Network struct {
 
 func (x *Network) Reset() {
 	*x = Network{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1292,7 +1365,7 @@ func (x *Network) String() string {
 func (*Network) ProtoMessage() {}
 
 func (x *Network) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1305,7 +1378,7 @@ func (x *Network) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Network.ProtoReflect.Descriptor instead.
 func (*Network) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Network) GetInterfaces() []*Interface {
@@ -1348,7 +1421,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1360,7 +1433,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1373,7 +1446,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Interface) GetPciAddress() string {
@@ -1441,7 +1514,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1526,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1539,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Address) GetPrefix() string {
@@ -1519,7 +1592,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1531,7 +1604,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1544,7 +1617,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Route) GetDestination() string {
@@ -1624,7 +1697,7 @@ type NextHop struct {
 
 func (x *NextHop) Reset() {
 	*x = NextHop{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1636,7 +1709,7 @@ func (x *NextHop) String() string {
 func (*NextHop) ProtoMessage() {}
 
 func (x *NextHop) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1649,7 +1722,7 @@ func (x *NextHop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
 func (*NextHop) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *NextHop) GetInterface() string {
@@ -1692,7 +1765,7 @@ type Neighbour struct {
 
 func (x *Neighbour) Reset() {
 	*x = Neighbour{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +1777,7 @@ func (x *Neighbour) String() string {
 func (*Neighbour) ProtoMessage() {}
 
 func (x *Neighbour) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +1790,7 @@ func (x *Neighbour) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
 func (*Neighbour) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Neighbour) GetInterface() string {
@@ -1753,7 +1826,7 @@ type ForwardRequest struct {
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1765,7 +1838,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1778,7 +1851,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ForwardRequest) GetStream() uint64 {
@@ -1814,7 +1887,7 @@ type ResizeSandboxRequest struct {
 
 func (x *ResizeSandboxRequest) Reset() {
 	*x = ResizeSandboxRequest{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +1899,7 @@ func (x *ResizeSandboxRequest) String() string {
 func (*ResizeSandboxRequest) ProtoMessage() {}
 
 func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +1912,7 @@ func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxRequest.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ResizeSandboxRequest) GetCpus() uint32 {
@@ -1866,7 +1939,7 @@ type ResizeSandboxResponse struct {
 
 func (x *ResizeSandboxResponse) Reset() {
 	*x = ResizeSandboxResponse{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1878,7 +1951,7 @@ func (x *ResizeSandboxResponse) String() string {
 func (*ResizeSandboxResponse) ProtoMessage() {}
 
 func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1891,7 +1964,7 @@ func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResizeSandboxResponse) GetCpus() uint32 {
@@ -1923,26 +1996,33 @@ const file_agent_proto_rawDesc = "" +
 	"\vcpus_online\x18\x06 \x01(\rR\n" +
 	"cpusOnline\x12)\n" +
 	"\x10init_nanoseconds\x18\a \x01(\x04R\x0finitNanoseconds\x12+\n" +
-	"\x11ready_nanoseconds\x18\b \x01(\x04R\x10readyNanoseconds\"\xc7\x02\n" +
+	"\x11ready_nanoseconds\x18\b \x01(\x04R\x10readyNanoseconds\"\xe4\x02\n" +
 	"\x17ConfigureSandboxRequest\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x1d\n" +
 	"\n" +
 	"shared_tag\x18\x02 \x01(\tR\tsharedTag\x12P\n" +
 	"\asysctls\x18\x03 \x03(\v26.microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntryR\asysctls\x12.\n" +
 	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x123\n" +
-	"\anetwork\x18\x05 \x01(\v2\x19.microvm.agent.v1.NetworkR\anetwork\x1a:\n" +
+	"\anetwork\x18\x05 \x01(\v2\x19.microvm.agent.v1.NetworkR\anetwork\x12\x1b\n" +
+	"\tshm_bytes\x18\x06 \x01(\x04R\bshmBytes\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
 	"\aStreams\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\x04R\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\x04R\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x03 \x01(\x04R\x06stderr\"\xa8\x01\n" +
+	"\x06stderr\x18\x03 \x01(\x04R\x06stderr\"\x8e\x02\n" +
 	"\x16CreateContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x123\n" +
 	"\astreams\x18\x03 \x01(\v2\x19.microvm.agent.v1.StreamsR\astreams\x125\n" +
-	"\bstorages\x18\x04 \x03(\v2\x19.microvm.agent.v1.StorageR\bstorages\"|\n" +
+	"\bstorages\x18\x04 \x03(\v2\x19.microvm.agent.v1.StorageR\bstorages\x12C\n" +
+	"\rpid_namespace\x18\n" +
+	" \x01(\v2\x1e.microvm.agent.v1.PIDNamespaceR\fpidNamespace\x12\x1f\n" +
+	"\vall_devices\x18\v \x01(\bR\n" +
+	"allDevices\"1\n" +
+	"\fPIDNamespace\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"|\n" +
 	"\aStorage\x12\x1f\n" +
 	"\vpci_address\x18\x01 \x01(\tR\n" +
 	"pciAddress\x12\x16\n" +
@@ -2047,7 +2127,7 @@ const file_agent_proto_rawDesc = "" +
 	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes\"P\n" +
 	"\x15ResizeSandboxResponse\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12#\n" +
-	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\x8a\f\n" +
+	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\xdc\f\n" +
 	"\x05Agent\x12E\n" +
 	"\x04Info\x12\x1d.microvm.agent.v1.InfoRequest\x1a\x1e.microvm.agent.v1.InfoResponse\x12U\n" +
 	"\x10ConfigureSandbox\x12).microvm.agent.v1.ConfigureSandboxRequest\x1a\x16.google.protobuf.Empty\x12d\n" +
@@ -2063,7 +2143,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x0ePauseContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
 	"\x0fResumeContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12S\n" +
 	"\x0fUpdateContainer\x12(.microvm.agent.v1.UpdateContainerRequest\x1a\x16.google.protobuf.Empty\x12^\n" +
-	"\x0eContainerStats\x12\".microvm.agent.v1.ContainerRequest\x1a(.microvm.agent.v1.ContainerStatsResponse\x12B\n" +
+	"\x0eContainerStats\x12\".microvm.agent.v1.ContainerRequest\x1a(.microvm.agent.v1.ContainerStatsResponse\x12P\n" +
+	"\fSandboxStats\x12\x16.google.protobuf.Empty\x1a(.microvm.agent.v1.ContainerStatsResponse\x12B\n" +
 	"\rUpdateNetwork\x12\x19.microvm.agent.v1.Network\x1a\x16.google.protobuf.Empty\x12C\n" +
 	"\aForward\x12 .microvm.agent.v1.ForwardRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
 	"\x06Events\x12\x1f.microvm.agent.v1.EventsRequest\x1a\x17.microvm.agent.v1.Event0\x01\x12`\n" +
@@ -2082,103 +2163,107 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),             // 0: microvm.agent.v1.InfoRequest
 	(*InfoResponse)(nil),            // 1: microvm.agent.v1.InfoResponse
 	(*ConfigureSandboxRequest)(nil), // 2: microvm.agent.v1.ConfigureSandboxRequest
 	(*Streams)(nil),                 // 3: microvm.agent.v1.Streams
 	(*CreateContainerRequest)(nil),  // 4: microvm.agent.v1.CreateContainerRequest
-	(*Storage)(nil),                 // 5: microvm.agent.v1.Storage
-	(*CreateProcessResponse)(nil),   // 6: microvm.agent.v1.CreateProcessResponse
-	(*CreateExecRequest)(nil),       // 7: microvm.agent.v1.CreateExecRequest
-	(*ProcessRequest)(nil),          // 8: microvm.agent.v1.ProcessRequest
-	(*StartProcessResponse)(nil),    // 9: microvm.agent.v1.StartProcessResponse
-	(*WaitProcessResponse)(nil),     // 10: microvm.agent.v1.WaitProcessResponse
-	(*SignalProcessRequest)(nil),    // 11: microvm.agent.v1.SignalProcessRequest
-	(*ResizePtyRequest)(nil),        // 12: microvm.agent.v1.ResizePtyRequest
-	(*ContainerRequest)(nil),        // 13: microvm.agent.v1.ContainerRequest
-	(*ListProcessesResponse)(nil),   // 14: microvm.agent.v1.ListProcessesResponse
-	(*ProcessEntry)(nil),            // 15: microvm.agent.v1.ProcessEntry
-	(*UpdateContainerRequest)(nil),  // 16: microvm.agent.v1.UpdateContainerRequest
-	(*ContainerStatsResponse)(nil),  // 17: microvm.agent.v1.ContainerStatsResponse
-	(*EventsRequest)(nil),           // 18: microvm.agent.v1.EventsRequest
-	(*Event)(nil),                   // 19: microvm.agent.v1.Event
-	(*OOMKill)(nil),                 // 20: microvm.agent.v1.OOMKill
-	(*Network)(nil),                 // 21: microvm.agent.v1.Network
-	(*Interface)(nil),               // 22: microvm.agent.v1.Interface
-	(*Address)(nil),                 // 23: microvm.agent.v1.Address
-	(*Route)(nil),                   // 24: microvm.agent.v1.Route
-	(*NextHop)(nil),                 // 25: microvm.agent.v1.NextHop
-	(*Neighbour)(nil),               // 26: microvm.agent.v1.Neighbour
-	(*ForwardRequest)(nil),          // 27: microvm.agent.v1.ForwardRequest
-	(*ResizeSandboxRequest)(nil),    // 28: microvm.agent.v1.ResizeSandboxRequest
-	(*ResizeSandboxResponse)(nil),   // 29: microvm.agent.v1.ResizeSandboxResponse
-	nil,                             // 30: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
-	(*anypb.Any)(nil),               // 32: google.protobuf.Any
-	(*emptypb.Empty)(nil),           // 33: google.protobuf.Empty
+	(*PIDNamespace)(nil),            // 5: microvm.agent.v1.PIDNamespace
+	(*Storage)(nil),                 // 6: microvm.agent.v1.Storage
+	(*CreateProcessResponse)(nil),   // 7: microvm.agent.v1.CreateProcessResponse
+	(*CreateExecRequest)(nil),       // 8: microvm.agent.v1.CreateExecRequest
+	(*ProcessRequest)(nil),          // 9: microvm.agent.v1.ProcessRequest
+	(*StartProcessResponse)(nil),    // 10: microvm.agent.v1.StartProcessResponse
+	(*WaitProcessResponse)(nil),     // 11: microvm.agent.v1.WaitProcessResponse
+	(*SignalProcessRequest)(nil),    // 12: microvm.agent.v1.SignalProcessRequest
+	(*ResizePtyRequest)(nil),        // 13: microvm.agent.v1.ResizePtyRequest
+	(*ContainerRequest)(nil),        // 14: microvm.agent.v1.ContainerRequest
+	(*ListProcessesResponse)(nil),   // 15: microvm.agent.v1.ListProcessesResponse
+	(*ProcessEntry)(nil),            // 16: microvm.agent.v1.ProcessEntry
+	(*UpdateContainerRequest)(nil),  // 17: microvm.agent.v1.UpdateContainerRequest
+	(*ContainerStatsResponse)(nil),  // 18: microvm.agent.v1.ContainerStatsResponse
+	(*EventsRequest)(nil),           // 19: microvm.agent.v1.EventsRequest
+	(*Event)(nil),                   // 20: microvm.agent.v1.Event
+	(*OOMKill)(nil),                 // 21: microvm.agent.v1.OOMKill
+	(*Network)(nil),                 // 22: microvm.agent.v1.Network
+	(*Interface)(nil),               // 23: microvm.agent.v1.Interface
+	(*Address)(nil),                 // 24: microvm.agent.v1.Address
+	(*Route)(nil),                   // 25: microvm.agent.v1.Route
+	(*NextHop)(nil),                 // 26: microvm.agent.v1.NextHop
+	(*Neighbour)(nil),               // 27: microvm.agent.v1.Neighbour
+	(*ForwardRequest)(nil),          // 28: microvm.agent.v1.ForwardRequest
+	(*ResizeSandboxRequest)(nil),    // 29: microvm.agent.v1.ResizeSandboxRequest
+	(*ResizeSandboxResponse)(nil),   // 30: microvm.agent.v1.ResizeSandboxResponse
+	nil,                             // 31: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),   // 32: google.protobuf.Timestamp
+	(*anypb.Any)(nil),               // 33: google.protobuf.Any
+	(*emptypb.Empty)(nil),           // 34: google.protobuf.Empty
 }
 var file_agent_proto_depIdxs = []int32{
-	30, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	31, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
-	21, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
+	31, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	32, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
+	22, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
 	3,  // 3: microvm.agent.v1.CreateContainerRequest.streams:type_name -> microvm.agent.v1.Streams
-	5,  // 4: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
-	3,  // 5: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
-	31, // 6: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
-	15, // 7: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
-	32, // 8: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
-	31, // 9: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
-	20, // 10: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
-	22, // 11: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
-	24, // 12: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
-	26, // 13: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
-	23, // 14: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
-	25, // 15: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
-	0,  // 16: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
-	2,  // 17: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
-	4,  // 18: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
-	7,  // 19: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
-	8,  // 20: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
-	8,  // 21: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
-	11, // 22: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
-	12, // 23: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
-	8,  // 24: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
-	13, // 25: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
-	13, // 26: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
-	13, // 27: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
-	16, // 28: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
-	13, // 29: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
-	21, // 30: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
-	27, // 31: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
-	18, // 32: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
-	28, // 33: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
-	33, // 34: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
-	1,  // 35: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
-	33, // 36: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
-	6,  // 37: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
-	33, // 38: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
-	9,  // 39: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
-	10, // 40: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
-	33, // 41: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
-	33, // 42: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
-	33, // 43: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
-	14, // 44: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
-	33, // 45: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
-	33, // 46: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
-	33, // 47: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
-	17, // 48: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	33, // 49: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
-	33, // 50: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
-	19, // 51: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
-	29, // 52: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
-	33, // 53: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
-	35, // [35:54] is the sub-list for method output_type
-	16, // [16:35] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	6,  // 4: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
+	5,  // 5: microvm.agent.v1.CreateContainerRequest.pid_namespace:type_name -> microvm.agent.v1.PIDNamespace
+	3,  // 6: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
+	32, // 7: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	16, // 8: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
+	33, // 9: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
+	32, // 10: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
+	21, // 11: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
+	23, // 12: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
+	25, // 13: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
+	27, // 14: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
+	24, // 15: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
+	26, // 16: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
+	0,  // 17: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
+	2,  // 18: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
+	4,  // 19: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
+	8,  // 20: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
+	9,  // 21: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
+	9,  // 22: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
+	12, // 23: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
+	13, // 24: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
+	9,  // 25: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
+	14, // 26: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
+	14, // 27: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
+	14, // 28: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
+	17, // 29: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
+	14, // 30: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
+	34, // 31: microvm.agent.v1.Agent.SandboxStats:input_type -> google.protobuf.Empty
+	22, // 32: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
+	28, // 33: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
+	19, // 34: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
+	29, // 35: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
+	34, // 36: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
+	1,  // 37: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
+	34, // 38: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
+	7,  // 39: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
+	34, // 40: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
+	10, // 41: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
+	11, // 42: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
+	34, // 43: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
+	34, // 44: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
+	34, // 45: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
+	15, // 46: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
+	34, // 47: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
+	34, // 48: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
+	34, // 49: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
+	18, // 50: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	18, // 51: microvm.agent.v1.Agent.SandboxStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	34, // 52: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
+	34, // 53: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
+	20, // 54: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
+	30, // 55: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
+	34, // 56: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
+	37, // [37:57] is the sub-list for method output_type
+	17, // [17:37] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -2186,7 +2271,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[19].OneofWrappers = []any{
+	file_agent_proto_msgTypes[20].OneofWrappers = []any{
 		(*Event_OomKill)(nil),
 	}
 	type x struct{}
@@ -2195,7 +2280,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ type AgentService interface {
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*emptypb.Empty, error)
 	ContainerStats(context.Context, *ContainerRequest) (*ContainerStatsResponse, error)
+	SandboxStats(context.Context, *emptypb.Empty) (*ContainerStatsResponse, error)
 	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
 	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest, Agent_EventsServer) error
@@ -144,6 +145,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.ContainerStats(ctx, &req)
 			},
+			"SandboxStats": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req emptypb.Empty
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.SandboxStats(ctx, &req)
+			},
 			"UpdateNetwork": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req Network
 				if err := unmarshal(&req); err != nil {
@@ -204,6 +212,7 @@ type AgentClient interface {
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*emptypb.Empty, error)
 	ContainerStats(context.Context, *ContainerRequest) (*ContainerStatsResponse, error)
+	SandboxStats(context.Context, *emptypb.Empty) (*ContainerStatsResponse, error)
 	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
 	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest) (Agent_EventsClient, error)
@@ -328,6 +337,14 @@ func (c *agentClient) UpdateContainer(ctx context.Context, req *UpdateContainerR
 func (c *agentClient) ContainerStats(ctx context.Context, req *ContainerRequest) (*ContainerStatsResponse, error) {
 	var resp ContainerStatsResponse
 	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "ContainerStats", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) SandboxStats(ctx context.Context, req *emptypb.Empty) (*ContainerStatsResponse, error) {
+	var resp ContainerStatsResponse
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "SandboxStats", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

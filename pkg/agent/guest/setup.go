@@ -15,7 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const cgroupRoot = "/sys/fs/cgroup"
+const (
+	cgroupRoot = "/sys/fs/cgroup"
+
+	shm      = "/dev/shm"
+	shmFlags = unix.MS_NOSUID | unix.MS_NODEV
+)
 
 // mounts are the file systems of the guest, in order. The root file system is
 // read-only and has only the mount points at the first level. Flags and options
@@ -31,7 +36,7 @@ var mounts = []struct {
 	{"/dev", "devtmpfs", unix.MS_NOSUID, "mode=0755"},
 	// 5 is the group tty of every distribution; runc's default too.
 	{"/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666"},
-	{"/dev/shm", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+	{shm, "tmpfs", shmFlags, "mode=1777"},
 	{"/dev/mqueue", "mqueue", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
 	{"/run", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=0755"},
 	{"/tmp", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
@@ -112,6 +117,15 @@ func mount(target, fstype string, flags uintptr, data string) error {
 	// The kernel itself has mounted /dev (CONFIG_DEVTMPFS_MOUNT).
 	if err != nil && !errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("mount %s on %s: %w", fstype, target, err)
+	}
+	return nil
+}
+
+// ResizeShm sets the size of /dev/shm, in bytes; by default it is half of the
+// memory (tmpfs(5)).
+func ResizeShm(size uint64) error {
+	if err := unix.Mount("", shm, "", unix.MS_REMOUNT|shmFlags, fmt.Sprintf("size=%d", size)); err != nil {
+		return fmt.Errorf("set the size of %s to %d: %w", shm, size, err)
 	}
 	return nil
 }

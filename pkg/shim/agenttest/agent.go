@@ -73,6 +73,7 @@ type Agent struct {
 	nextPid    uint32
 	calls      []string
 	specs      map[string]*specs.Spec
+	requests   map[string]*agentproto.CreateContainerRequest
 	sandbox    *agentproto.ConfigureSandboxRequest
 	network    *agentproto.Network
 	oom        chan string
@@ -92,6 +93,7 @@ func New() *Agent {
 		streams:    map[uint64]*net.UnixConn{},
 		nextPid:    40,
 		specs:      map[string]*specs.Spec{},
+		requests:   map[string]*agentproto.CreateContainerRequest{},
 		oom:        make(chan string, 100),
 		shutdown:   make(chan struct{}),
 	}
@@ -192,6 +194,13 @@ func (a *Agent) Spec(id string) *specs.Spec {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.specs[id]
+}
+
+// Request is what a container was created with.
+func (a *Agent) Request(id string) *agentproto.CreateContainerRequest {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.requests[id]
 }
 
 // Sandbox is the configuration that came.
@@ -361,7 +370,7 @@ func (a *Agent) CreateContainer(_ context.Context, r *agentproto.CreateContainer
 	if a.containers[r.GetId()] != nil {
 		return nil, errdefs.ErrAlreadyExists
 	}
-	a.specs[r.GetId()] = &spec
+	a.specs[r.GetId()], a.requests[r.GetId()] = &spec, r
 	a.containers[r.GetId()] = &container{init: p, execs: map[string]*Process{}}
 	return &agentproto.CreateProcessResponse{Pid: p.pid}, nil
 }
@@ -526,7 +535,22 @@ func (a *Agent) ContainerStats(_ context.Context, r *agentproto.ContainerRequest
 	if reply, err := enter[agentproto.ContainerStatsResponse](a, "ContainerStats", r); reply != nil || err != nil {
 		return reply, err
 	}
-	data, err := proto.Marshal(&cgroup2.Metrics{Pids: &cgroup2.PidsStat{Current: 3}})
+	return stats(&cgroup2.Metrics{Pids: &cgroup2.PidsStat{Current: 3}})
+}
+
+func (a *Agent) SandboxStats(_ context.Context, r *emptypb.Empty) (*agentproto.ContainerStatsResponse, error) {
+	if reply, err := enter[agentproto.ContainerStatsResponse](a, "SandboxStats", r); reply != nil || err != nil {
+		return reply, err
+	}
+	return stats(&cgroup2.Metrics{
+		CPU:    &cgroup2.CPUStat{UsageUsec: 30, UserUsec: 20, SystemUsec: 10},
+		Memory: &cgroup2.MemoryStat{Usage: 1 << 20, InactiveFile: 1 << 10, Anon: 1 << 12},
+		Pids:   &cgroup2.PidsStat{Current: 7},
+	})
+}
+
+func stats(metrics *cgroup2.Metrics) (*agentproto.ContainerStatsResponse, error) {
+	data, err := proto.Marshal(metrics)
 	if err != nil {
 		return nil, err
 	}

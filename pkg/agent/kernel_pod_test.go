@@ -1,0 +1,225 @@
+//go:build agentkernel
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/microvm-runtime/microvm/pkg/agentproto"
+)
+
+// runAs makes a container with more in its request, and starts it.
+func (s *sandbox) runAs(id string, spec *specs.Spec, change func(*agentproto.CreateContainerRequest)) (*testProcess, error) {
+	s.t.Helper()
+	p, ids := s.newProcess(id, "", false)
+	data, err := json.Marshal(spec)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	r := &agentproto.CreateContainerRequest{Id: id, Spec: data, Streams: ids}
+	change(r)
+	if _, err := s.client.CreateContainer(context.Background(), r); err != nil {
+		return p, err
+	}
+	s.t.Cleanup(func() { s.remove(id) })
+	p.start()
+	return p, nil
+}
+
+func sharedPIDs(r *agentproto.CreateContainerRequest) {
+	r.PidNamespace = &agentproto.PIDNamespace{}
+}
+
+func pidsOf(id string) func(*agentproto.CreateContainerRequest) {
+	return func(r *agentproto.CreateContainerRequest) { r.PidNamespace = &agentproto.PIDNamespace{ContainerId: id} }
+}
+
+// Containers that share the pod's pids see each other and a first process that
+// reaps and cannot be killed; the end of one does not end another.
+func TestPodPIDs(t *testing.T) {
+	s := newSandbox(t)
+	one, err := s.runAs("one", testSpec(t, "sh -c 'sleep 7777 & echo $!'; echo up; exec sleep 8888"), sharedPIDs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	one.awaitOut("up")
+	orphan, _, _ := strings.Cut(one.out(), "\n")
+	spec := testSpec(t, `tr '\0' '\n' </proc/1/cmdline
+for p in /proc/[0-9]*; do tr '\0' ' ' <$p/cmdline; echo; done | grep -c '^sleep [78]'
+grep PPid /proc/`+orphan+`/status
+kill -9 `+orphan+`
+while [ -d /proc/`+orphan+` ]; do sleep 0.01; done
+for s in TERM INT HUP CHLD USR1 KILL; do kill -$s 1; done
+sleep 0.1; [ -d /proc/1 ] && echo first`)
+	two, err := s.runAs("two", spec, sharedPIDs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if status := two.wait(); status != 0 || two.out() != "/pause\n2\nPPid:\t1\nfirst\n" {
+		t.Errorf("status %d, output %q, %q", status, two.out(), two.stderr.String())
+	}
+	two.delete()
+	apart, stderr, _ := s.output("apart", testSpec(t, "ls -d /proc/[0-9]* | wc -l"))
+	if n := strings.TrimSpace(apart); n != "3" { // the shell, ls and wc
+		t.Errorf("a container of its own sees %s processes, %q", n, stderr)
+	}
+	one.signal(unix.SIGKILL, false)
+	if status := one.wait(); status != 137 {
+		t.Errorf("ended with %d", status)
+	}
+}
+
+// A container that shares another one's pids ends with it.
+func TestTargetPIDs(t *testing.T) {
+	s := newSandbox(t)
+	target := s.run("target", testSpec(t, "echo up; exec sleep 8888"))
+	target.awaitOut("up")
+	debug, err := s.runAs("debug", testSpec(t, `tr '\0' ' ' </proc/1/cmdline; echo seen; exec sleep 9999`), pidsOf("target"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	debug.awaitOut("sleep 8888 seen")
+	target.signal(unix.SIGKILL, false)
+	for _, p := range []*testProcess{target, debug} {
+		if status := p.wait(); status != 137 {
+			t.Errorf("%s ended with %d", p.ref.ContainerId, status)
+		}
+	}
+	for _, id := range []string{"target", "none"} {
+		if _, err := s.runAs("late", testSpec(t, "true"), pidsOf(id)); err == nil {
+			t.Errorf("joined the pids of %q", id)
+		}
+	}
+}
+
+// A pod's containers have one user namespace, whose root is nobody outside.
+func TestUserNamespace(t *testing.T) {
+	s := newSandbox(t)
+	if _, err := s.client.ConfigureSandbox(context.Background(), &agentproto.ConfigureSandboxRequest{
+		Sysctls: map[string]string{"kernel.shmmni": "3500"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	mapped := func(script string) *specs.Spec {
+		spec := testSpec(t, script)
+		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+		spec.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 65536, Size: 65536}}
+		spec.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 131072, Size: 65536}}
+		return spec
+	}
+	const script = `id -u; id -g; cat /proc/self/uid_map /proc/self/gid_map | tr -s ' '
+readlink /proc/self/ns/user; readlink /proc/self/ns/ipc
+cat /proc/sys/kernel/shmmni
+touch /dev/shm/x && stat -c %u:%g /dev/shm/x
+[ -d /dev/mqueue ] && [ -d /sys/class/net/lo ] && cat /proc/self/cgroup
+[ -f /sys/fs/cgroup/cgroup.controllers ] && echo cgroup
+echo null >/dev/null && echo null >/dev/stdout
+cat /etc/passwd
+touch /etc/passwd || true
+echo 1 >/proc/sys/kernel/panic || true`
+	one, stderr, status := s.output("one", mapped(script))
+	lines := strings.Split(one, "\n")
+	if len(lines) < 13 || status != 0 {
+		t.Fatalf("status %d, output %q, %q", status, one, stderr)
+	}
+	want := append([]string{"0", "0", " 0 65536 65536", " 0 131072 65536"}, lines[4:6]...)
+	want = append(want, "3500", "0:0", "0::/", "cgroup", "null", "root:x:0:0:root:/:/bin/sh", "")
+	if strings.Join(lines, "\n") != strings.Join(want, "\n") {
+		t.Errorf("output %q\nwant   %q", lines, want)
+	}
+	if n := strings.Count(stderr, "Permission denied") + strings.Count(stderr, "Read-only file system"); n != 2 {
+		t.Errorf("stderr %q", stderr)
+	}
+	two, stderr, _ := s.output("two", mapped("readlink /proc/self/ns/user; readlink /proc/self/ns/ipc"))
+	if two != strings.Join(lines[4:6], "\n")+"\n" {
+		t.Errorf("another container is in %q, not in %q: %q", two, lines[4:6], stderr)
+	}
+	shared, err := s.runAs("shared", mapped("tr '\\0' '\\n' </proc/1/cmdline; stat -c %u /proc/1"), sharedPIDs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if shared.wait(); shared.out() != "/pause\n0\n" {
+		t.Errorf("with shared pids: %q, %q", shared.out(), shared.stderr.String())
+	}
+	other := mapped("true")
+	other.Linux.UIDMappings[0].HostID = 1 << 20
+	if _, err := s.create("other", other); err == nil || !strings.Contains(err.Error(), "one user namespace") {
+		t.Errorf("another mapping: %v", err)
+	}
+}
+
+// A privileged container has the guest's devices.
+func TestAllDevices(t *testing.T) {
+	s := newSandbox(t)
+	spec := testSpec(t, "[ -b /dev/vda ] && head -c 4 /dev/vda >/dev/null && [ -c /dev/kmsg ] && echo devices; ls /dev/pts")
+	spec.Linux.Resources.Devices = []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
+	p, err := s.runAs("c", spec, func(r *agentproto.CreateContainerRequest) { r.AllDevices = true })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.wait(); p.out() != "devices\nptmx\n" {
+		t.Errorf("output %q, %q", p.out(), p.stderr.String())
+	}
+}
+
+// The containers share one /dev/shm of the size that was asked for.
+func TestShm(t *testing.T) {
+	s := newSandbox(t)
+	ctx := context.Background()
+	if _, err := s.client.ConfigureSandbox(ctx, &agentproto.ConfigureSandboxRequest{ShmBytes: 4 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unlink("/dev/shm/f") })
+	spec := func(script string) *specs.Spec {
+		spec := testSpec(t, script)
+		for i := range spec.Mounts {
+			if m := &spec.Mounts[i]; m.Destination == "/dev/shm" {
+				m.Type, m.Source, m.Options = "bind", "/dev/shm", []string{"rbind", "nosuid", "nodev", "noexec"}
+			}
+		}
+		return spec
+	}
+	out, stderr, _ := s.output("one", spec("echo hello >/dev/shm/f; df -k /dev/shm | awk 'END { print $2 }'; dd if=/dev/zero of=/dev/shm/g bs=64k count=128; rm /dev/shm/g"))
+	if out != "4096\n" || !strings.Contains(stderr, "No space left") {
+		t.Errorf("output %q, %q", out, stderr)
+	}
+	if out, stderr, _ := s.output("two", spec("cat /dev/shm/f")); out != "hello\n" {
+		t.Errorf("output %q, %q", out, stderr)
+	}
+}
+
+// The sandbox's metrics have all containers in them.
+func TestSandboxStats(t *testing.T) {
+	s := newSandbox(t)
+	stats := func() *cgroup2.Metrics {
+		r, err := s.client.SandboxStats(context.Background(), &emptypb.Empty{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var m cgroup2.Metrics
+		if err := r.Metrics.UnmarshalTo(&m); err != nil {
+			t.Fatal(err)
+		}
+		return &m
+	}
+	if m := stats(); m.GetPids().GetCurrent() != 0 {
+		t.Errorf("before the first container: %v", m.Pids)
+	}
+	for i := range 2 {
+		p := s.run(fmt.Sprintf("c%d", i), testSpec(t, "echo up; exec sleep 8888"))
+		p.awaitOut("up")
+	}
+	m := stats()
+	if m.GetPids().GetCurrent() < 2 || m.GetMemory().GetUsage() == 0 || m.GetCPU().GetUsageUsec() == 0 {
+		t.Errorf("metrics %v", m)
+	}
+}
