@@ -34,14 +34,20 @@ const (
 
 // container is a task of containerd's.
 type container struct {
-	id         string
-	bundle     string
-	sandbox    *sandbox
-	sandboxPid uint32
-	init       *process
-	hooks      specs.Hooks
-	hookState  specs.State
-	publish    func(proto.Message)
+	id      string
+	bundle  string
+	sandbox *sandbox
+	// agent does what is to be done in the guest.
+	agent guestTasks
+	// pid is a number of the host's: that of the VMM for the sandbox's first
+	// task, that of a thread of ours for others. Numbers of the guest mean
+	// other processes here, and are the guest's to choose.
+	pid       uint32
+	standIn   *standIn // nil if the number is the VMM's
+	init      *process
+	hooks     specs.Hooks
+	hookState specs.State
+	publish   func(proto.Message)
 	// alone says that no other container of the sandbox runs.
 	alone func() bool
 
@@ -59,17 +65,39 @@ type container struct {
 	processes map[string]*process // by exec id
 }
 
-func newContainer(id, bundle string, s *sandbox, publish func(proto.Message)) *container {
+// newContainer makes a container. Whoever has it calls release in the end.
+func newContainer(id, bundle string, s *sandbox, first bool, publish func(proto.Message)) (*container, error) {
 	c := &container{
-		id:         id,
-		bundle:     bundle,
-		sandbox:    s,
-		sandboxPid: uint32(s.vm.Pid()),
-		publish:    publish,
-		processes:  map[string]*process{},
+		id:        id,
+		bundle:    bundle,
+		sandbox:   s,
+		agent:     s.agent,
+		pid:       uint32(s.vm.Pid()),
+		publish:   publish,
+		processes: map[string]*process{},
 	}
 	c.started = sync.NewCond(&c.mu)
-	return c
+	if !first {
+		var err error
+		if c.standIn, err = newStandIn(s.vm.Pid()); err != nil {
+			return nil, fmt.Errorf("container %s: %w", id, err)
+		}
+		c.pid = c.standIn.tid
+	}
+	return c, nil
+}
+
+// release lets go of what stands for the container on the host.
+func (c *container) release() {
+	if c.standIn != nil {
+		c.standIn.close()
+	}
+}
+
+// isPause says whether the container is the sandbox itself.
+func (c *container) isPause() bool {
+	_, is := c.agent.(*pause)
+	return is
 }
 
 // process finds one by its exec id; the empty id is init's.
@@ -198,7 +226,7 @@ func (c *container) createExec(ctx context.Context, execID string, spec []byte, 
 		return nil, fmt.Errorf("exec %s: %w", execID, err)
 	}
 	defer connections.close()
-	if err := c.sandbox.agent.CreateExec(ctx, c.id, execID, spec, &connections.ids); err != nil {
+	if err := c.agent.CreateExec(ctx, c.id, execID, spec, &connections.ids); err != nil {
 		return nil, err
 	}
 	connections.copy(streams)
@@ -262,9 +290,10 @@ func (c *container) delete(ctx context.Context) error {
 		log.L.WithError(err).Errorf("container %s: its mounts are left until the sandbox ends", c.id)
 	}
 	runPoststop(ctx, c.hooks.Poststop, c.hookState)
+	c.release()
 	c.publish(&eventsapi.TaskDelete{
 		ContainerID: c.id,
-		Pid:         c.sandboxPid,
+		Pid:         c.pid,
 		ExitStatus:  code,
 		ExitedAt:    timestamppb.New(at),
 	})
@@ -279,7 +308,7 @@ func (c *container) pause(ctx context.Context) error {
 		return fmt.Errorf("cannot pause a container that is %s: %w", statusText(status), errdefs.ErrFailedPrecondition)
 	}
 	c.setPaused(false, true)
-	err := c.sandbox.agent.Pause(ctx, c.id)
+	err := c.agent.Pause(ctx, c.id)
 	c.setPaused(err == nil, false)
 	if err != nil {
 		return err
@@ -294,7 +323,7 @@ func (c *container) resume(ctx context.Context) error {
 	if status, _, _ := c.status(c.init); status != task.Status_PAUSED {
 		return fmt.Errorf("cannot resume a container that is %s: %w", statusText(status), errdefs.ErrFailedPrecondition)
 	}
-	if err := c.sandbox.agent.Resume(ctx, c.id); err != nil {
+	if err := c.agent.Resume(ctx, c.id); err != nil {
 		return err
 	}
 	c.setPaused(false, false)
@@ -326,7 +355,7 @@ type exitRecord struct {
 func exitRecordPath(bundle string) string { return filepath.Join(bundle, "microvm-exit.json") }
 
 func (c *container) recordExit(code uint32, at time.Time) {
-	data, err := json.Marshal(exitRecord{Pid: c.sandboxPid, ExitStatus: code, ExitedAt: at})
+	data, err := json.Marshal(exitRecord{Pid: c.pid, ExitStatus: code, ExitedAt: at})
 	if err == nil {
 		err = state.WriteFile(exitRecordPath(c.bundle), data)
 	}

@@ -2,31 +2,20 @@ package shim
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"path/filepath"
 	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	tasktypes "github.com/containerd/containerd/api/types/task"
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
-	"github.com/microvm-runtime/microvm/pkg/shim/share"
 	"github.com/microvm-runtime/microvm/pkg/shim/stdio"
 )
-
-// maxSpec bounds a specification: it goes to the agent in one message, of at
-// most 4 MiB.
-const maxSpec = 3 << 20
 
 var errAbandoned = errors.New("the container was deleted while it was being created")
 
@@ -53,7 +42,7 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*ta
 		return nil, err
 	}
 	go c.init.watch()
-	return &taskapi.CreateTaskResponse{Pid: c.sandboxPid}, nil
+	return &taskapi.CreateTaskResponse{Pid: c.pid}, nil
 }
 
 // reserve keeps an id for a container that is about to be created. The context
@@ -111,28 +100,13 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	spec, err := readSpec(r.GetBundle())
-	if err != nil {
-		return nil, err
-	}
-	rootfs := rootfsOf(r, spec)
 	first := s.sandbox == nil || s.sandbox.agent == nil
-	sandbox := sandboxConfig{limits: limitsOf(spec), hostname: spec.Hostname, network: networkNamespace(spec), onOOM: s.oom}
-	if spec.Linux != nil {
-		sandbox.cgroupsPath = spec.Linux.CgroupsPath
-	}
-	rewritten, err := guestspec.Rewrite(spec, guestspec.Input{
-		ID: r.GetID(), Bundle: r.GetBundle(), First: first, Terminal: r.GetTerminal(),
-	})
+	plan, err := s.plan(r, first)
 	if err != nil {
 		return nil, err
 	}
-	for _, remark := range rewritten.Remarks {
+	for _, remark := range plan.remarks {
 		log.L.Infof("container %s: %s", r.GetID(), remark)
-	}
-	guest, err := json.Marshal(rewritten.Spec)
-	if err != nil {
-		return nil, fmt.Errorf("container %s: specification: %w", r.GetID(), err)
 	}
 
 	if s.sandbox == nil {
@@ -148,41 +122,52 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			s.sandbox = nil
 		}
 	}()
-	if err := s.sandbox.tree.Add(r.GetID(), rootfs, rewritten.Mounts); err != nil {
-		return nil, fmt.Errorf("container %s: %w", r.GetID(), err)
-	}
-	defer func() {
-		if err != nil {
-			if removeErr := s.sandbox.tree.Remove(r.GetID()); removeErr != nil {
-				log.L.WithError(removeErr).Errorf("container %s", r.GetID())
-			}
+	if !plan.pause {
+		if err := s.sandbox.tree.Add(r.GetID(), plan.rootfs, plan.mounts); err != nil {
+			return nil, fmt.Errorf("container %s: %w", r.GetID(), err)
 		}
-	}()
+		defer func() {
+			if err != nil {
+				if removeErr := s.sandbox.tree.Remove(r.GetID()); removeErr != nil {
+					log.L.WithError(removeErr).Errorf("container %s", r.GetID())
+				}
+			}
+		}()
+	}
 	if first {
-		err = s.sandbox.start(ctx, sandbox)
+		err = s.sandbox.start(ctx, plan.sandbox)
 	} else {
 		err = s.sandbox.alive()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
-	s.sandbox.resizer.come(ctx, r.GetID(), containerLimits(spec))
-	defer func() {
-		if err != nil {
-			s.sandbox.resizer.gone(r.GetID())
-		}
-	}()
-	return s.createInGuest(ctx, r, guest, rewritten)
+	if !plan.pause {
+		s.sandbox.resizer.come(ctx, r.GetID(), plan.limits)
+		defer func() {
+			if err != nil {
+				s.sandbox.resizer.gone(r.GetID())
+			}
+		}()
+	}
+	c, err := newContainer(r.GetID(), r.GetBundle(), s.sandbox, first, s.publish)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.createInGuest(ctx, r, c, plan); err != nil {
+		c.release()
+		return nil, err
+	}
+	return c, nil
 }
 
 // createInGuest makes the container in the running machine.
-func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskRequest, spec []byte, rewritten *guestspec.Result) (_ *container, err error) {
-	c := newContainer(r.GetID(), r.GetBundle(), s.sandbox, s.publish)
+func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskRequest, c *container, plan *plan) (err error) {
 	c.alone = func() bool { return s.isAlone(c) }
-	c.hooks = rewritten.HostHooks
+	c.hooks = plan.hooks
 	c.hookState = specs.State{
-		Version: rewritten.Spec.Version, ID: c.id, Status: specs.StateCreating, Pid: int(c.sandboxPid),
-		Bundle: c.bundle, Annotations: rewritten.Spec.Annotations,
+		Version: plan.version, ID: c.id, Status: specs.StateCreating, Pid: int(c.pid),
+		Bundle: c.bundle, Annotations: plan.annotations,
 	}
 	defer func() {
 		if err != nil {
@@ -196,7 +181,7 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 		err = runHooks(ctx, "createRuntime", c.hooks.CreateRuntime, c.hookState)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("container %s: %w", c.id, err)
+		return fmt.Errorf("container %s: %w", c.id, err)
 	}
 	config := stdio.Config{
 		ID: c.id, Namespace: s.namespace,
@@ -204,23 +189,27 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 	}
 	streams, err := stdio.Open(ctx, config)
 	if err != nil {
-		return nil, fmt.Errorf("container %s: %w: %w", c.id, err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("container %s: %w: %w", c.id, err, errdefs.ErrInvalidArgument)
 	}
 	defer func() {
 		if err != nil {
 			streams.Close()
 		}
 	}()
-	connections, err := s.sandbox.connect(ctx, streams)
-	if err != nil {
-		return nil, fmt.Errorf("container %s: %w", c.id, err)
-	}
-	defer connections.close()
-	if _, err := s.sandbox.agent.CreateContainer(ctx, c.id, spec, &connections.ids); err != nil {
-		if ctx.Err() != nil {
-			go s.sandbox.discard(c.id)
+	connections := &connections{}
+	if plan.pause {
+		c.agent = newPause(s.sandbox)
+	} else if connections, err = s.sandbox.connect(ctx, streams); err != nil {
+		return fmt.Errorf("container %s: %w", c.id, err)
+	} else {
+		defer connections.close()
+		plan.request.Streams = &connections.ids
+		if _, err := s.sandbox.agent.CreateContainer(ctx, plan.request); err != nil {
+			if ctx.Err() != nil {
+				go s.sandbox.discard(c.id)
+			}
+			return fmt.Errorf("container %s: %w", c.id, err)
 		}
-		return nil, fmt.Errorf("container %s: %w", c.id, err)
 	}
 	connections.copy(streams)
 	c.init = newProcess(c, "", config, streams)
@@ -232,17 +221,18 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 			Stdin: config.Stdin, Stdout: config.Stdout, Stderr: config.Stderr, Terminal: config.Terminal,
 		},
 		Checkpoint: r.GetCheckpoint(),
-		Pid:        c.sandboxPid,
+		Pid:        c.pid,
 	})
-	return c, nil
+	return nil
 }
 
-// isAlone says that no container but c runs or is about to.
+// isAlone says that no container but c runs or is about to. The one that is
+// the sandbox itself does not count.
 func (s *service) isAlone(c *container) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, other := range s.containers {
-		if status, _, _ := other.init.state(); other != c && status != tasktypes.Status_STOPPED {
+		if status, _, _ := other.init.state(); other != c && !other.isPause() && status != tasktypes.Status_STOPPED {
 			return false
 		}
 	}
@@ -260,49 +250,15 @@ func (s *service) oom(id string) {
 	}
 }
 
-// readSpec reads a bundle's config.json.
-func readSpec(bundle string) (*specs.Spec, error) {
-	f, err := os.Open(filepath.Join(bundle, "config.json"))
-	if err != nil {
-		return nil, fmt.Errorf("bundle: %w: %w", err, errdefs.ErrInvalidArgument)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxSpec+1))
-	if err != nil {
-		return nil, fmt.Errorf("bundle: %w", err)
-	}
-	if len(data) > maxSpec {
-		return nil, fmt.Errorf("bundle: %s has more than %d bytes: %w", f.Name(), maxSpec, errdefs.ErrInvalidArgument)
-	}
-	var spec specs.Spec
-	if err := json.Unmarshal(data, &spec); err != nil {
-		return nil, fmt.Errorf("bundle: %s: %w: %w", f.Name(), err, errdefs.ErrInvalidArgument)
-	}
-	return &spec, nil
-}
-
-// rootfsOf says where the root file system is: in the mounts of the request
-// or, where a caller has mounted it, at the path that the specification names.
-func rootfsOf(r *taskapi.CreateTaskRequest, spec *specs.Spec) share.Rootfs {
-	if len(r.GetRootfs()) > 0 {
-		return share.Rootfs{Mounts: mount.FromProto(r.GetRootfs())}
-	}
-	path := "rootfs"
-	if spec.Root != nil {
-		path = spec.Root.Path
-	}
-	if !filepath.IsAbs(path) {
-		path = filepath.Join(r.GetBundle(), path)
-	}
-	return share.Rootfs{Path: path}
-}
-
 // stop ends the sandbox, and what is left of its containers with it.
 func (s *service) stop() error {
 	s.mu.Lock()
 	s.closed = true
 	for _, c := range s.creating {
-		c.cancel(errors.New("the sandbox is shutting down"))
+		c.cancel(errShuttingDown)
+	}
+	if s.pod != nil && s.pod.state == podStarting {
+		s.pod.cancel(errShuttingDown)
 	}
 	s.mu.Unlock()
 	s.slot <- struct{}{} // for good

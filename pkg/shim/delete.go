@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"time"
 
+	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
@@ -135,8 +136,8 @@ const (
 	shimHangs
 )
 
-// askToDelete has a shim kill and delete a container, and end if it was the
-// last one.
+// askToDelete has a shim kill and delete a container, or the sandbox of this
+// name, and end if it was the last one.
 func askToDelete(ctx context.Context, socket, id string) shimState {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
@@ -154,6 +155,7 @@ func askToDelete(ctx context.Context, socket, id string) shimState {
 	}
 	task.Delete(ctx, &taskapi.DeleteRequest{ID: id})
 	task.Shutdown(ctx, &taskapi.ShutdownRequest{ID: id})
+	sandboxapi.NewTTRPCSandboxClient(client).ShutdownSandbox(ctx, &sandboxapi.ShutdownSandboxRequest{SandboxID: id})
 	if ctx.Err() != nil {
 		return shimHangs
 	}

@@ -46,7 +46,8 @@ func TestInfo(t *testing.T) {
 			t.Fatal(err)
 		}
 		feat, ok := f.(*features.Features)
-		if !ok || !slices.Contains(feat.MountOptions, "rro") || !slices.Contains(feat.Linux.Namespaces, "user") {
+		if !ok || !slices.Contains(feat.MountOptions, "rro") || !slices.Contains(feat.Linux.Namespaces, "user") ||
+			!*feat.Linux.MountExtensions.IDMap.Enabled {
 			text, _ := json.Marshal(f)
 			t.Errorf("%T %s", f, text)
 		}

@@ -27,7 +27,7 @@ func inPod(spec *specs.Spec) {
 	}
 }
 
-func (f *fixture) createInPod(id string) error {
+func (f *fixture) createConnected(id string) error {
 	f.t.Helper()
 	_, err := f.Create(f.t.Context(), &taskapi.CreateTaskRequest{ID: id, Bundle: f.bundle(inPod, "sleep")})
 	return err
@@ -59,7 +59,7 @@ func TestPodNetwork(t *testing.T) {
 	f.conf.DefaultVCPUs = 3
 	f.net.set("eth0", "02:00:00:00:00:01")
 	f.net.set("net1", "02:00:00:00:00:02")
-	if err := f.createInPod("c1"); err != nil {
+	if err := f.createConnected("c1"); err != nil {
 		t.Fatal(err)
 	}
 	if f.net.path != "/run/netns/pod" || f.net.loopback || f.net.dial == nil || f.net.changed == nil {
@@ -78,7 +78,7 @@ func TestPodNetwork(t *testing.T) {
 		t.Error(got)
 	}
 	// Another container of the pod changes nothing.
-	if err := f.createInPod("c2"); err != nil {
+	if err := f.createConnected("c2"); err != nil {
 		t.Fatal(err)
 	}
 	f.start("c1", "")
@@ -161,7 +161,7 @@ func TestNetworkRefused(t *testing.T) {
 	} {
 		f := newFixture(t)
 		f.net.fail[method] = err
-		if got := f.createInPod("c1"); !errors.Is(got, err) || !errdefs.IsNotImplemented(got) {
+		if got := f.createConnected("c1"); !errors.Is(got, err) || !errdefs.IsNotImplemented(got) {
 			t.Errorf("%s: %v", method, got)
 		}
 		if f.net.open || f.tree.open || len(f.requests) > 0 {
@@ -177,7 +177,7 @@ func TestPortForward(t *testing.T) {
 		c.Write(append(said, '!'))
 		c.Close()
 	}}
-	if err := f.createInPod("c1"); err != nil {
+	if err := f.createConnected("c1"); err != nil {
 		t.Fatal(err)
 	}
 	conn, err := f.net.dial(context.Background(), 8080, false)
@@ -200,7 +200,7 @@ func TestPortForward(t *testing.T) {
 func TestNoPortForward(t *testing.T) {
 	f := newFixture(t)
 	f.net.fail["Forward"] = errors.New("sk_lookup program: invalid argument")
-	if err := f.createInPod("c1"); err != nil {
+	if err := f.createConnected("c1"); err != nil {
 		t.Fatal(err)
 	}
 	f.start("c1", "")

@@ -70,14 +70,13 @@ func (p *process) state() (status task.Status, code uint32, at time.Time) {
 	return p.status, p.code, p.at
 }
 
-// pid is the number of a process of the host's, the VMM: numbers of the guest
-// mean other processes here, and are the guest's to choose.
+// pid is the container's number, which is the host's.
 func (p *process) pid() uint32 {
 	status, _, _ := p.state()
 	if p.execID != "" && status == task.Status_CREATED {
 		return 0
 	}
-	return p.container.sandboxPid
+	return p.container.pid
 }
 
 // start lets the process run.
@@ -105,7 +104,7 @@ func (p *process) start(ctx context.Context) error {
 	}
 	err := p.streams.StartStdin()
 	if err == nil {
-		_, err = c.sandbox.agent.StartProcess(ctx, c.id, p.execID)
+		_, err = c.agent.StartProcess(ctx, c.id, p.execID)
 	}
 	if err != nil {
 		if p.execID != "" {
@@ -137,7 +136,7 @@ func (p *process) start(ctx context.Context) error {
 // and tells of it, once.
 func (p *process) watch() {
 	c := p.container
-	code, err := c.sandbox.agent.WaitProcess(context.Background(), c.id, p.execID)
+	code, err := c.agent.WaitProcess(context.Background(), c.id, p.execID)
 	switch {
 	case errdefs.IsUnavailable(err):
 		code = c.sandbox.deathStatus()
@@ -160,7 +159,7 @@ func (p *process) watch() {
 		c.publish(&eventsapi.TaskExit{
 			ContainerID: c.id,
 			ID:          p.id(),
-			Pid:         c.sandboxPid,
+			Pid:         c.pid,
 			ExitStatus:  code,
 			ExitedAt:    timestamppb.New(at),
 		})
@@ -213,7 +212,7 @@ func (p *process) kill(ctx context.Context, signal uint32, all bool) error {
 	if signal == sigkill && p.execID == "" {
 		p.enforce.Do(func() { go p.enforceKill() })
 	}
-	return p.container.sandbox.agent.Signal(ctx, p.container.id, p.execID, signal, all)
+	return p.container.agent.Signal(ctx, p.container.id, p.execID, signal, all)
 }
 
 // enforceKill sees to it that SIGKILL has its effect although a guest may not
@@ -247,7 +246,7 @@ func (p *process) isDeleted() bool {
 func (p *process) remove(ctx context.Context) {
 	c := p.container
 	if c.sandbox.alive() == nil {
-		if err := c.sandbox.agent.DeleteProcess(ctx, c.id, p.execID); err != nil && !errdefs.IsNotFound(err) {
+		if err := c.agent.DeleteProcess(ctx, c.id, p.execID); err != nil && !errdefs.IsNotFound(err) {
 			// The guest keeps something; it has its machine's limits.
 			log.L.WithError(err).Warnf("the agent does not delete process %s", p.id())
 		}

@@ -36,6 +36,22 @@ func register(server *ttrpc.Server, s taskapi.TTRPCTaskService) {
 	}
 }
 
+// registerSandbox serves the sandbox API, but for UpdateSandbox, which is
+// optional.
+func registerSandbox(server *ttrpc.Server, s *service) {
+	server.RegisterService("containerd.runtime.sandbox.v1.Sandbox", &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
+		"CreateSandbox":   method(s.CreateSandbox),
+		"StartSandbox":    method(s.StartSandbox),
+		"Platform":        method(s.Platform),
+		"StopSandbox":     method(s.StopSandbox),
+		"WaitSandbox":     method(s.WaitSandbox),
+		"SandboxStatus":   method(s.SandboxStatus),
+		"PingSandbox":     method(s.PingSandbox),
+		"ShutdownSandbox": method(s.ShutdownSandbox),
+		"SandboxMetrics":  method(s.SandboxMetrics),
+	}})
+}
+
 // method adapts a function of the service and gives errors their code.
 func method[Request, Response any](f func(context.Context, *Request) (*Response, error)) ttrpc.Method {
 	return func(ctx context.Context, unmarshal func(any) error) (any, error) {

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/microvm-runtime/microvm/pkg/agentproto"
 	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
 	"github.com/microvm-runtime/microvm/pkg/shim/config"
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
@@ -84,7 +85,13 @@ type sandbox struct {
 	resizer *resizer
 	// placed is nil when the sandbox has no cgroup.
 	placed *placement
-	net    netState
+	// info is the guest's own description of itself when it was ready.
+	info agentclient.Info
+	// shm is the host's directory that the guest's /dev/shm stands for.
+	shm string
+	net netState
+
+	halting sync.Mutex // held by halt
 
 	mu       sync.Mutex
 	stopping bool
@@ -102,7 +109,8 @@ func newSandbox(h *host) (*sandbox, error) {
 	return &sandbox{host: h, tree: t, dead: make(chan struct{})}, nil
 }
 
-// sandboxConfig is what the first container says about the whole sandbox.
+// sandboxConfig is what the first container, or the client of the sandbox API,
+// says about the whole sandbox.
 type sandboxConfig struct {
 	limits      limits
 	cgroupsPath string
@@ -110,6 +118,8 @@ type sandboxConfig struct {
 	// network is the path of the pod's network namespace; empty for one of
 	// the sandbox's own.
 	network string
+	sysctls map[string]string
+	shm     guestspec.Shm
 	onOOM   func(containerID string)
 }
 
@@ -135,7 +145,8 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	if err := s.boot(ctx, conf, c); err != nil {
 		return err
 	}
-	info, err := s.agent.Info(ctx)
+	s.shm = c.shm.Path
+	s.info, err = s.agent.Info(ctx)
 	if err != nil {
 		return s.logs.describe(s.bootError(ctx, err))
 	}
@@ -143,7 +154,14 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := s.agent.ConfigureSandbox(ctx, c.hostname, sharedTag, nil, network); err != nil {
+	err = s.agent.ConfigureSandbox(ctx, &agentproto.ConfigureSandboxRequest{
+		Hostname:  c.hostname,
+		SharedTag: sharedTag,
+		Sysctls:   c.sysctls,
+		ShmBytes:  c.shm.Bytes,
+		Network:   network,
+	})
+	if err != nil {
 		return s.logs.describe(s.bootError(ctx, err))
 	}
 	if err := s.watchNetwork(); err != nil {
@@ -152,7 +170,7 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	go s.watchOOM(c.onOOM)
 	go s.monitor(s.placed)
 	log.L.WithFields(log.Fields{
-		"vmm": s.vm.Pid(), "kernel": info.KernelRelease, "agent": info.Version, "took": time.Since(begin).Round(time.Millisecond).String(),
+		"vmm": s.vm.Pid(), "kernel": s.info.KernelRelease, "agent": s.info.Version, "took": time.Since(begin).Round(time.Millisecond).String(),
 	}).Info("the sandbox's virtual machine is up")
 	return nil
 }
@@ -309,8 +327,11 @@ func (s *sandbox) monitor(placed *placement) {
 	case <-time.After(2 * lastWords):
 	}
 	s.mu.Lock()
-	s.end, s.status = end, status
 	stopping := s.stopping
+	if stopping {
+		status = statusKilled // all that ran was
+	}
+	s.end, s.status = end, status
 	s.mu.Unlock()
 	if !stopping {
 		s.reportDeath(end)
@@ -388,14 +409,16 @@ func (s *sandbox) discard(id string) {
 	}
 }
 
-// stop ends the machine, if it runs, in order as long as that does not take
-// too long. Nothing is left of the sandbox afterwards.
-func (s *sandbox) stop() error {
+// halt ends the machine, if it runs, in order as long as that does not take
+// too long. What is the sandbox's on the host stays.
+func (s *sandbox) halt(patience time.Duration) error {
 	s.mu.Lock()
 	s.stopping = true
 	s.mu.Unlock()
+	s.halting.Lock()
+	defer s.halting.Unlock()
 	if s.agent != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), powerOff)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		if err := s.agent.Shutdown(ctx); err != nil {
 			log.L.WithError(err).Debug("the agent does not shut the guest down")
 		}
@@ -406,7 +429,12 @@ func (s *sandbox) stop() error {
 		}
 		cancel()
 	}
-	err := s.kill()
+	return s.kill()
+}
+
+// stop ends the machine, if it runs. Nothing is left of the sandbox afterwards.
+func (s *sandbox) stop() error {
+	err := s.halt(powerOff)
 	s.leaveCgroup()
 	return errors.Join(err, s.closeNetwork(), s.tree.Close())
 }

@@ -118,6 +118,7 @@ func (p *Program) newDaemon(in bootstrap.Invocation, stdin io.Reader) (*daemon, 
 	}
 	d.service = newService(in.Namespace, h, d.publisher.Publish, d.closeDoor)
 	register(d.server, d.service)
+	registerSandbox(d.server, d.service)
 	return d, nil
 }
 

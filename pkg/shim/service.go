@@ -46,7 +46,9 @@ type service struct {
 	mu         sync.Mutex
 	containers map[string]*container
 	creating   map[string]*creation
-	closed     bool
+	// pod is nil unless the sandbox is one of the sandbox API.
+	pod    *pod
+	closed bool
 }
 
 // creation is a Create in progress.
@@ -166,7 +168,7 @@ func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.Pi
 	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
 		return &taskapi.PidsResponse{}, nil
 	}
-	list, err := c.sandbox.agent.Processes(ctx, c.id)
+	list, err := c.agent.Processes(ctx, c.id)
 	if err != nil {
 		return nil, err
 	}
@@ -247,7 +249,7 @@ func (s *service) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*
 	if status, _, _ := p.state(); status == tasktypes.Status_STOPPED {
 		return nil, fmt.Errorf("cannot resize a stopped process: %w", errdefs.ErrFailedPrecondition)
 	}
-	return empty, c.sandbox.agent.ResizePty(ctx, c.id, p.execID, r.GetWidth(), r.GetHeight())
+	return empty, c.agent.ResizePty(ctx, c.id, p.execID, r.GetWidth(), r.GetHeight())
 }
 
 func (s *service) CloseIO(_ context.Context, r *taskapi.CloseIORequest) (*emptypb.Empty, error) {
@@ -283,7 +285,7 @@ func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*em
 		return nil, fmt.Errorf("cannot update a stopped container: %w", errdefs.ErrFailedPrecondition)
 	}
 	return empty, c.sandbox.resizer.change(ctx, c.id, &resources, func() error {
-		return c.sandbox.agent.Update(ctx, c.id, data)
+		return c.agent.Update(ctx, c.id, data)
 	})
 }
 
@@ -309,7 +311,7 @@ func (s *service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.
 	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
 		return nil, fmt.Errorf("container %s is not running: %w", c.id, errdefs.ErrNotFound)
 	}
-	metrics, err := c.sandbox.agent.Stats(ctx, c.id)
+	metrics, err := c.agent.Stats(ctx, c.id)
 	if err != nil {
 		return nil, err
 	}
@@ -324,22 +326,33 @@ func (s *service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.
 // know whether the shim is there.
 func (s *service) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskapi.ConnectResponse, error) {
 	response := &taskapi.ConnectResponse{ShimPid: uint32(os.Getpid())}
-	if c, err := s.container(r.GetID()); err == nil {
-		response.TaskPid = c.sandboxPid
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c := s.containers[r.GetID()]; c != nil {
+		response.TaskPid = c.pid
+	} else if s.pod.runs() && s.pod.id == r.GetID() {
+		response.TaskPid = s.pod.pid()
 	}
 	return response, nil
 }
 
 // Shutdown ends the shim when it serves no container any more. containerd
-// calls it after each Delete.
+// calls it after each Delete. A sandbox of the sandbox API may be without
+// containers, and ends by ShutdownSandbox.
 func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	s.abandon(ctx, r.GetID())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.containers) > 0 || len(s.creating) > 0 || s.closed {
-		return empty, nil
+	if len(s.containers) == 0 && len(s.creating) == 0 && s.pod == nil {
+		s.close()
 	}
-	s.closed = true
-	s.shutdown()
 	return empty, nil
+}
+
+// close has the shim shut down. The caller holds mu.
+func (s *service) close() {
+	if !s.closed {
+		s.closed = true
+		s.shutdown()
+	}
 }

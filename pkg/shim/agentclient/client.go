@@ -149,17 +149,13 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 	}, nil
 }
 
-// ConfigureSandbox sets what all containers share. A nil network is none.
-func (c *Client) ConfigureSandbox(ctx context.Context, hostname, sharedTag string, sysctls map[string]string, network *agentproto.Network) error {
+// ConfigureSandbox sets what all containers share. The guest's clock is set to
+// the host's.
+func (c *Client) ConfigureSandbox(ctx context.Context, r *agentproto.ConfigureSandboxRequest) error {
 	ctx, cancel := context.WithTimeout(ctx, quick)
 	defer cancel()
-	_, err := c.rpc.ConfigureSandbox(ctx, &agentproto.ConfigureSandboxRequest{
-		Hostname:  hostname,
-		SharedTag: sharedTag,
-		Sysctls:   sysctls,
-		Time:      timestamppb.Now(),
-		Network:   network,
-	})
+	r.Time = timestamppb.Now()
+	_, err := c.rpc.ConfigureSandbox(ctx, r)
 	return err
 }
 
@@ -181,10 +177,10 @@ func (c *Client) Forward(ctx context.Context, stream uint64, port uint16, ipv6Fi
 }
 
 // CreateContainer makes a container, whose init process waits.
-func (c *Client) CreateContainer(ctx context.Context, id string, spec []byte, streams *agentproto.Streams) (pid uint32, err error) {
+func (c *Client) CreateContainer(ctx context.Context, request *agentproto.CreateContainerRequest) (pid uint32, err error) {
 	ctx, cancel := context.WithTimeout(ctx, long)
 	defer cancel()
-	r, err := c.rpc.CreateContainer(ctx, &agentproto.CreateContainerRequest{Id: id, Spec: spec, Streams: streams})
+	r, err := c.rpc.CreateContainer(ctx, request)
 	if err != nil {
 		return 0, err
 	}
@@ -298,6 +294,17 @@ func (c *Client) Stats(ctx context.Context, id string) (*cgroup2.Metrics, error)
 	ctx, cancel := context.WithTimeout(ctx, quick)
 	defer cancel()
 	r, err := c.rpc.ContainerStats(ctx, &agentproto.ContainerRequest{ContainerId: id})
+	if err != nil {
+		return nil, err
+	}
+	return checkStats(r)
+}
+
+// SandboxStats reads the metrics of all containers together.
+func (c *Client) SandboxStats(ctx context.Context) (*cgroup2.Metrics, error) {
+	ctx, cancel := context.WithTimeout(ctx, quick)
+	defer cancel()
+	r, err := c.rpc.SandboxStats(ctx, &emptypb.Empty{})
 	if err != nil {
 		return nil, err
 	}

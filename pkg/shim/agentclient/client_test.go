@@ -64,7 +64,10 @@ func TestHostileReplies(t *testing.T) {
 		{"another protocol", reply("Info", &agentproto.InfoResponse{Protocol: 2}, nil),
 			func(c *Client) error { _, err := c.Info(ctx); return err }, "version 2"},
 		{"no process id", reply("CreateContainer", &agentproto.CreateProcessResponse{}, nil),
-			func(c *Client) error { _, err := c.CreateContainer(ctx, "c", nil, nil); return err }, "0 is no process id"},
+			func(c *Client) error {
+				_, err := c.CreateContainer(ctx, &agentproto.CreateContainerRequest{Id: "c"})
+				return err
+			}, "0 is no process id"},
 		{"impossible process id", reply("StartProcess", &agentproto.StartProcessResponse{Pid: 1 << 31}, nil),
 			func(c *Client) error { _, err := c.StartProcess(ctx, "c", ""); return err }, "is no process id"},
 		{"impossible exit status", reply("WaitProcess", &agentproto.WaitProcessResponse{ExitStatus: 256}, nil),

@@ -30,6 +30,14 @@ type Input struct {
 	// of the guest.
 	First    bool
 	Terminal bool
+	// Pod says that the containers of the sandbox share /dev/shm.
+	Pod bool
+	// Shm is the host's directory in whose place the guest's /dev/shm is.
+	Shm string
+	// Tasks are the sandbox's tasks by the process ids that callers know them
+	// by: a path in /proc is how they name a namespace. The sandbox itself has
+	// the empty id.
+	Tasks map[uint32]string
 }
 
 // Result is what Rewrite makes of a specification.
@@ -40,6 +48,13 @@ type Result struct {
 	Mounts []Mount
 	// HostHooks run on the host, by the shim.
 	HostHooks specs.Hooks
+	// PIDs says whose pid namespace the container joins, by the id that
+	// Input.Tasks has; nil for one of its own.
+	PIDs *string
+	// AllDevices says that the container gets all devices of the guest.
+	AllDevices bool
+	// Shm is what the first container has as the sandbox's /dev/shm.
+	Shm Shm
 	// Remarks are about what was left out, for the log.
 	Remarks []string
 }
@@ -98,51 +113,6 @@ func Resources(res *specs.LinuxResources) (remarks []string) {
 	return remarks
 }
 
-// namespaces: a namespace with a path is one that the container shares with
-// its sandbox, and most of these are the guest's own. One that is missing would
-// be shared with the host.
-func namespaces(r *Result, in Input) error {
-	spec := r.Spec
-	var kept []specs.LinuxNamespace
-	have := map[specs.LinuxNamespaceType]bool{}
-	for _, ns := range spec.Linux.Namespaces {
-		have[ns.Type] = true
-		switch ns.Type {
-		case specs.NetworkNamespace:
-			continue // the guest has one
-		case specs.IPCNamespace, specs.UTSNamespace:
-			if ns.Path != "" || in.First {
-				continue
-			}
-		default:
-			if ns.Path != "" {
-				return unsupported("container %s is to join the %s namespace %s: containers of a virtual machine cannot share one",
-					in.ID, ns.Type, ns.Path)
-			}
-		}
-		kept = append(kept, ns)
-	}
-	for _, needed := range []struct {
-		kind specs.LinuxNamespaceType
-		name string
-	}{
-		{specs.NetworkNamespace, "network (--net-host, hostNetwork)"},
-		{specs.PIDNamespace, "pid (hostPID)"},
-		{specs.IPCNamespace, "ipc (hostIPC)"},
-		{specs.UTSNamespace, "uts"},
-		{specs.MountNamespace, "mount"},
-	} {
-		if !have[needed.kind] {
-			return unsupported("container %s is to share the host's %s namespace: a virtual machine cannot", in.ID, needed.name)
-		}
-	}
-	spec.Linux.Namespaces = kept
-	if !slices.ContainsFunc(kept, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UTSNamespace }) {
-		spec.Hostname, spec.Domainname = "", ""
-	}
-	return nil
-}
-
 // guestDevices are the device nodes, by number, that the guest kernel has a
 // driver for and that mean the same in there.
 var guestDevices = map[[2]int64]bool{
@@ -175,6 +145,7 @@ func devices(r *Result, in Input) error {
 			return unsupported("container %s is to have the device %s (%s %d:%d) of the host: a virtual machine cannot",
 				in.ID, d.Path, d.Type, d.Major, d.Minor)
 		}
+		r.AllDevices = true
 		r.Remarks = append(r.Remarks, fmt.Sprintf("device %s left out: it is the host's", d.Path))
 	}
 	linux.Devices = kept

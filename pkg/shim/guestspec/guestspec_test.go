@@ -64,30 +64,47 @@ func TestNamespaces(t *testing.T) {
 		}
 		return list
 	}
+	sandbox, other := "", "c9"
+	tasks := map[uint32]string{7: sandbox, 9: other}
+	mapping := []specs.LinuxIDMapping{{HostID: 65536, Size: 65536}}
 	for _, test := range []struct {
 		name     string
 		first    bool
 		in, want []specs.LinuxNamespace
 		hostname string
+		pids     *string
 	}{
 		{"the first container", true,
 			ns("pid", "", "ipc", "", "uts", "", "mount", "", "network", "", "cgroup", "", "user", ""),
-			ns("pid", "", "mount", "", "cgroup", "", "user", ""), ""},
+			ns("pid", "", "mount", "", "cgroup", "", "user", ""), "", nil},
 		{"the first, with a network of its own", true,
 			ns("pid", "", "ipc", "", "uts", "", "mount", "", "network", "/run/netns/cni-1"),
-			ns("pid", "", "mount", ""), ""},
+			ns("pid", "", "mount", "", "cgroup", ""), "", nil},
 		{"a pod's container", false,
 			ns("pid", "", "ipc", "/proc/7/ns/ipc", "uts", "/proc/7/ns/uts", "mount", "", "network", "/proc/7/ns/net"),
-			ns("pid", "", "mount", ""), ""},
+			ns("pid", "", "mount", "", "cgroup", ""), "", nil},
+		{"one that shares the pod's pids", false,
+			ns("pid", "/proc/7/ns/pid", "ipc", "/proc/7/ns/ipc", "uts", "/proc/7/ns/uts", "mount", "", "network", "/proc/7/ns/net"),
+			ns("mount", "", "cgroup", ""), "", &sandbox},
+		{"one that shares another one's pids", false,
+			ns("pid", "/proc/9/ns/pid", "ipc", "/proc/7/ns/ipc", "uts", "/proc/7/ns/uts", "mount", "", "network", "/proc/7/ns/net"),
+			ns("mount", "", "cgroup", ""), "", &other},
+		{"one with the pod's user namespace", false,
+			ns("pid", "", "ipc", "/proc/7/ns/ipc", "uts", "/proc/7/ns/uts", "mount", "", "network", "/proc/7/ns/net", "user", "/proc/7/ns/user"),
+			ns("pid", "", "mount", "", "user", "", "cgroup", ""), "", nil},
+		{"namespaces that the caller keeps by mounts", false,
+			ns("pid", "", "ipc", "/run/ipcns/1", "uts", "/run/utsns/1", "mount", "", "network", "/run/netns/1", "cgroup", ""),
+			ns("pid", "", "mount", "", "cgroup", ""), "", nil},
 		{"another one in the group that shares nothing", false,
 			ns("pid", "", "ipc", "", "uts", "", "mount", "", "network", ""),
-			ns("pid", "", "ipc", "", "uts", "", "mount", ""), "host"},
+			ns("pid", "", "ipc", "", "uts", "", "mount", "", "cgroup", ""), "host", nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			spec := base()
 			spec.Linux.Namespaces = test.in
+			spec.Linux.UIDMappings, spec.Linux.GIDMappings = mapping, mapping
 			in := first
-			in.First = test.first
+			in.First, in.Tasks = test.first, tasks
 			r := rewrite(t, spec, in)
 			if !reflect.DeepEqual(r.Spec.Linux.Namespaces, test.want) {
 				t.Errorf("got  %v\nwant %v", r.Spec.Linux.Namespaces, test.want)
@@ -95,7 +112,20 @@ func TestNamespaces(t *testing.T) {
 			if r.Spec.Hostname != test.hostname {
 				t.Errorf("host name %q", r.Spec.Hostname)
 			}
+			if !reflect.DeepEqual(r.PIDs, test.pids) {
+				t.Errorf("pids of %v, want %v", r.PIDs, test.pids)
+			}
 		})
+	}
+}
+
+// On a host with cgroup version 1 no container has a cgroup namespace; one that
+// is privileged is to see them all.
+func TestPrivilegedSeesAllCgroups(t *testing.T) {
+	spec := base()
+	spec.Linux.Resources = &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}}
+	if r := rewrite(t, spec, first); hasNamespace(r.Spec.Linux.Namespaces, specs.CgroupNamespace) {
+		t.Errorf("namespaces %v", r.Spec.Linux.Namespaces)
 	}
 }
 
@@ -120,6 +150,11 @@ func TestMounts(t *testing.T) {
 	dir := tree(t)
 	mount := func(kind, source string, options ...string) specs.Mount {
 		return specs.Mount{Destination: "/mnt", Type: kind, Source: source, Options: options}
+	}
+	ids := []specs.LinuxIDMapping{{HostID: 65536, Size: 65536}}
+	mapped := func(m specs.Mount) specs.Mount {
+		m.UIDMappings, m.GIDMappings = ids, ids
+		return m
 	}
 	const shared = "/run/microvm/shared/c1/mounts/0"
 	for _, test := range []struct {
@@ -146,6 +181,8 @@ func TestMounts(t *testing.T) {
 		{"also through a link", mount("bind", dir+"/sneaky", "rbind"), mount("bind", "/proc/sys", "rbind"), nil},
 		{"a device that the guest has", mount("bind", "/dev/null", "bind"), mount("bind", "/dev/null", "bind"), nil},
 		{"all of /dev", mount("bind", "/dev", "rbind"), mount("bind", "/dev", "rbind"), nil},
+		{"with mapped ids", mapped(mount("bind", dir+"/dir", "rbind", "ridmap")), mount("bind", shared, "rbind"),
+			&Mount{Source: dir + "/dir", Recursive: true, UIDs: ids, GIDs: ids, RecursiveIDs: true}},
 		{"another file system", mount("ext4", "/dev/sdz", "ro", "noload"), mount("bind", shared, "rbind", "ro"),
 			&Mount{Source: "/dev/sdz", Type: "ext4", Options: []string{"ro", "noload"}}},
 	} {
@@ -184,7 +221,7 @@ func (d device) Sys() any          { return &syscall.Stat_t{Rdev: d.rdev} }
 func TestDeviceAsMount(t *testing.T) {
 	m := &specs.Mount{Destination: "/mnt", Source: "/dev/x"}
 	null := device{mode: os.ModeDevice | os.ModeCharDevice, rdev: unix.Mkdev(1, 3)}
-	if own, err := guestsOwn(m, "/dev/x", null, unix.Statfs_t{}); own != "/dev/x" || err != nil {
+	if own, err := guestsOwn(m, "/dev/x", null, unix.Statfs_t{}, ""); own != "/dev/x" || err != nil {
 		t.Errorf("null: %q, %v", own, err)
 	}
 	for _, d := range []device{
@@ -192,7 +229,7 @@ func TestDeviceAsMount(t *testing.T) {
 		{mode: os.ModeDevice, rdev: unix.Mkdev(8, 0)},
 		{mode: os.ModeDevice, rdev: unix.Mkdev(1, 3)},
 	} {
-		if own, err := guestsOwn(m, "/dev/x", d, unix.Statfs_t{}); !errdefs.IsNotImplemented(err) {
+		if own, err := guestsOwn(m, "/dev/x", d, unix.Statfs_t{}, ""); !errdefs.IsNotImplemented(err) {
 			t.Errorf("%+v: %q, %v", d, own, err)
 		}
 	}
@@ -240,6 +277,67 @@ func TestFilesOfAPod(t *testing.T) {
 	}
 }
 
+// A pod's containers share the guest's /dev/shm, whichever way the caller says
+// so; memory that is mounted there for another reason is something else.
+func TestShm(t *testing.T) {
+	var fs unix.Statfs_t
+	const memory = "/dev/shm" // any tmpfs of the host's
+	if err := unix.Statfs(memory, &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
+		t.Fatalf("%s is no tmpfs: %v", memory, err)
+	}
+	size := fs.Blocks * uint64(fs.Bsize)
+	volume := t.TempDir() // on whatever file system
+	bound := func(source string) specs.Mount {
+		return specs.Mount{Destination: "/dev/shm", Type: "bind", Source: source, Options: []string{"rbind", "rw"}}
+	}
+	own := specs.Mount{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "mode=1777", "size=65536k"}}
+	guests := bound("/dev/shm")
+	shared := bound("/run/microvm/shared/c1/mounts/0")
+	for _, test := range []struct {
+		name     string
+		in       Input
+		mount    specs.Mount
+		want     specs.Mount
+		wantSize Shm
+	}{
+		{"the first container's", first, bound(memory), guests, Shm{memory, size}},
+		{"the pod's", Input{ID: "c1", Shm: memory}, bound(memory), guests, Shm{}},
+		{"a volume", Input{ID: "c1", Shm: memory}, bound(volume), shared, Shm{}},
+		{"the default", first, own, own, Shm{}},
+		{"the default in a pod", Input{ID: "c1", Pod: true}, own,
+			specs.Mount{Destination: "/dev/shm", Type: "bind", Source: "/dev/shm", Options: []string{"rbind", "nosuid"}}, Shm{}},
+	} {
+		spec := base()
+		spec.Mounts = []specs.Mount{test.mount}
+		spec.Mounts[0].Options = append([]string{}, test.mount.Options...)
+		r := rewrite(t, spec, test.in)
+		if !reflect.DeepEqual(r.Spec.Mounts[0], test.want) || r.Shm != test.wantSize {
+			t.Errorf("%s: %+v, %+v\nwant %+v, %+v", test.name, r.Spec.Mounts[0], r.Shm, test.want, test.wantSize)
+		}
+	}
+
+	pod := base()
+	pod.Annotations = map[string]string{containerType: "sandbox"}
+	pod.Linux.Sysctl = map[string]string{"net.ipv4.ip_forward": "1"}
+	pod.Mounts = []specs.Mount{bound(memory)}
+	pod.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/h"}}}
+	s, err := ReadSandbox(pod)
+	if err != nil || !IsSandbox(pod) || IsSandbox(base()) {
+		t.Fatalf("%v, %v", IsSandbox(pod), err)
+	}
+	if want := (&Sandbox{Sysctls: pod.Linux.Sysctl, Shm: Shm{memory, size}, HostHooks: specs.Hooks{Poststop: []specs.Hook{{Path: "/h"}}}}); !reflect.DeepEqual(s, want) {
+		t.Errorf("%+v, want %+v", s, want)
+	}
+	pod.Linux.Namespaces = pod.Linux.Namespaces[1:]
+	if _, err := ReadSandbox(pod); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "hostPID") {
+		t.Errorf("hostPID: %v", err)
+	}
+	pod.Linux = nil
+	if _, err := ReadSandbox(pod); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("without linux: %v", err)
+	}
+}
+
 func TestDevices(t *testing.T) {
 	null := specs.LinuxDevice{Path: "/dev/null", Type: "c", Major: 1, Minor: 3}
 	fuse := specs.LinuxDevice{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229}
@@ -258,8 +356,8 @@ func TestDevices(t *testing.T) {
 		{Allow: false, Access: "rwm"}, {Allow: true, Access: "rwm"},
 	}}
 	r := rewrite(t, spec, first)
-	if !reflect.DeepEqual(r.Spec.Linux.Devices, []specs.LinuxDevice{null}) || len(r.Remarks) != 2 {
-		t.Errorf("privileged: devices %v, remarks %q", r.Spec.Linux.Devices, r.Remarks)
+	if !reflect.DeepEqual(r.Spec.Linux.Devices, []specs.LinuxDevice{null}) || len(r.Remarks) != 2 || !r.AllDevices {
+		t.Errorf("privileged: devices %v, remarks %q, all %v", r.Spec.Linux.Devices, r.Remarks, r.AllDevices)
 	}
 }
 
@@ -322,9 +420,17 @@ func TestRefused(t *testing.T) {
 		{"host mounts", without(specs.MountNamespace), "mount", false},
 		{"another container's pids", func(s *specs.Spec) { s.Linux.Namespaces[0].Path = "/proc/1/ns/pid" }, "/proc/1/ns/pid", false},
 		{"mount source missing", bind("/nonexistent/dir"), "mount /mnt: source /nonexistent/dir: lstat /nonexistent", true},
-		{"mapped mount", func(s *specs.Spec) {
-			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "bind", Source: "/tmp", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
-		}, "mapped", false},
+		{"another sandbox's ipc", func(s *specs.Spec) { s.Linux.Namespaces[1].Path = "/proc/1/ns/ipc" }, "/proc/1/ns/ipc", false},
+		{"pids that a mount keeps", func(s *specs.Spec) { s.Linux.Namespaces[0].Path = "/run/pidns" }, "/run/pidns", false},
+		{"another time", func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace, Path: "/proc/1/ns/time"})
+		}, "/proc/1/ns/time", false},
+		{"users without mappings", func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/proc/1/ns/user"})
+		}, "how ids are mapped", true},
+		{"mapped memory", func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "tmpfs", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
+		}, "mapped in bind mounts only", false},
 		{"device of the host", func(s *specs.Spec) {
 			s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/sda", Type: "b", Major: 8}}
 		}, "/dev/sda (b 8:0)", false},

@@ -25,6 +25,10 @@ type Mount struct {
 	Recursive bool
 	// ReadOnly applies to the mount itself, RecursiveReadOnly to all below.
 	ReadOnly, RecursiveReadOnly bool
+	// UIDs and GIDs map the ids of files; RecursiveIDs those of all below as
+	// well.
+	UIDs, GIDs   []specs.LinuxIDMapping
+	RecursiveIDs bool
 
 	// Type and Options are set for a file system that has to be mounted on the
 	// host; the fields above do not apply then.
@@ -55,13 +59,22 @@ func mounts(r *Result, in Input) error {
 }
 
 func (r *Result) mount(m *specs.Mount, in Input) error {
-	if len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0 {
-		return unsupported("mount %s: mapped user ids are not supported", m.Destination)
-	}
-	switch {
-	case isBind(m):
+	if isBind(m) {
 		return r.bind(m, in)
-	case slices.Contains(guestTypes, m.Type):
+	}
+	if len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0 {
+		return unsupported("mount %s: ids can be mapped in bind mounts only", m.Destination)
+	}
+	if m.Type == "tmpfs" && m.Destination == shmPath && in.Pod {
+		// Where the caller keeps no /dev/shm for the sandbox, its default would
+		// give each container one of its own.
+		m.Type, m.Source = "bind", shmPath
+		m.Options = append([]string{"rbind"}, slices.DeleteFunc(m.Options, func(option string) bool {
+			return strings.Contains(option, "=")
+		})...)
+		return nil
+	}
+	if slices.Contains(guestTypes, m.Type) {
 		return nil
 	}
 	// Any other file system is on a device, a server or files of the host's.
@@ -103,19 +116,28 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 		return invalid("mount %s: source %s: %w", m.Destination, source, err)
 	}
 
-	own, err := guestsOwn(m, target, info, fs)
+	if in.First && m.Destination == shmPath {
+		r.Shm = shmAt(target)
+		in.Shm = r.Shm.Path
+	}
+	own, err := guestsOwn(m, target, info, fs, in.Shm)
 	if err != nil {
 		return err
 	}
 	if own != "" {
 		m.Type, m.Source = "bind", own
+		m.UIDMappings, m.GIDMappings = nil, nil
 		return nil
 	}
 	if info.Mode()&os.ModeSocket != 0 {
 		// The name can be shared, but not the kernel that connects the two ends.
 		r.Remarks = append(r.Remarks, "mount "+m.Destination+": "+source+" is a socket: a program of the host cannot be reached through it")
 	}
-	mount := Mount{Destination: m.Destination, Source: source, File: !info.IsDir()}
+	mount := Mount{
+		Destination: m.Destination, Source: source, File: !info.IsDir(),
+		UIDs: m.UIDMappings, GIDs: m.GIDMappings,
+	}
+	m.UIDMappings, m.GIDMappings = nil, nil
 	for _, option := range m.Options { // the last word counts
 		switch option {
 		case "bind":
@@ -126,24 +148,32 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 			mount.ReadOnly = option == "ro"
 		case "rro", "rrw":
 			mount.RecursiveReadOnly = option == "rro"
+		case "idmap", "ridmap":
+			mount.RecursiveIDs = option == "ridmap"
 		}
 	}
+	m.Options = slices.DeleteFunc(m.Options, func(option string) bool {
+		return option == "idmap" || option == "ridmap"
+	})
 	r.share(m, in, mount)
 	return nil
 }
 
 // guestsOwn says which path of the guest takes the place of the host's, if one
 // does: kernel file systems, devices, and the memory file system that a pod's
-// containers share.
-func guestsOwn(m *specs.Mount, target string, info os.FileInfo, fs unix.Statfs_t) (string, error) {
+// containers share, which is at shm on the host.
+func guestsOwn(m *specs.Mount, target string, info os.FileInfo, fs unix.Statfs_t, shm string) (string, error) {
 	if info.Mode()&os.ModeDevice != 0 {
 		if info.Mode()&os.ModeCharDevice != 0 && guestDevices[deviceNumber(info)] {
 			return target, nil
 		}
 		return "", unsupported("mount %s: %s is a device of the host: a virtual machine cannot use it", m.Destination, m.Source)
 	}
-	if m.Destination == "/dev/shm" && fs.Type == unix.TMPFS_MAGIC {
-		return "/dev/shm", nil
+	if m.Destination == shmPath && target == shm {
+		return shmPath, nil
+	}
+	if fs.Type == unix.HUGETLBFS_MAGIC {
+		return "", unsupported("mount %s: %s are huge pages of the host: a virtual machine cannot share them", m.Destination, m.Source)
 	}
 	if target == "/dev" || strings.HasPrefix(target, "/dev/") || slices.Contains(kernelTypes, fs.Type) {
 		return target, nil

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
@@ -209,6 +210,39 @@ func TestMountsOfTheHost(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(tree.path, name), nil, 0o644); !errors.Is(err, want) {
 			t.Errorf("write %s: %v, want %v", name, err, want)
 		}
+	}
+}
+
+// The ids of files in a mapped mount are those of the user namespace, both ways.
+func TestMappedIDs(t *testing.T) {
+	tree := newTree(t)
+	dir := files(t, "root/file", "volume/file")
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 65536, Size: 65536}}
+	err := tree.Add("c1", Rootfs{Path: filepath.Join(dir, "root")}, []guestspec.Mount{
+		{Destination: "/v", Source: filepath.Join(dir, "volume"), Recursive: true, UIDs: ids, GIDs: ids},
+	})
+	if errors.Is(err, unix.EINVAL) {
+		t.Fatalf("the file system of %s cannot be mapped: %v", dir, err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	owner := func(path string) [2]uint32 {
+		var stat unix.Stat_t
+		if err := unix.Stat(path, &stat); err != nil {
+			t.Fatal(err)
+		}
+		return [2]uint32{stat.Uid, stat.Gid}
+	}
+	if ids := owner(filepath.Join(tree.path, "c1/mounts/0/file")); ids != [2]uint32{65536, 65536} {
+		t.Errorf("the file belongs to %v", ids)
+	}
+	mapped := filepath.Join(tree.path, "c1/mounts/0")
+	if err := os.Chown(filepath.Join(mapped, "file"), 65536+1000, 65536+1001); err != nil {
+		t.Fatal(err)
+	}
+	if ids := owner(filepath.Join(dir, "volume/file")); ids != [2]uint32{1000, 1001} {
+		t.Errorf("the file belongs to %v on the host", ids)
 	}
 }
 

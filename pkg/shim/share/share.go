@@ -17,9 +17,11 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
@@ -191,11 +193,25 @@ func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 		return fmt.Errorf("open_tree: %w", err)
 	}
 	defer unix.Close(fd)
+	ids := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP}
+	if len(m.UIDs) > 0 || len(m.GIDs) > 0 {
+		namespace, err := mount.GetUsernsFD(idMap(m.UIDs), idMap(m.GIDs))
+		if err != nil {
+			return fmt.Errorf("map ids: %w", err)
+		}
+		defer namespace.Close()
+		ids.Userns_fd = uint64(namespace.Fd())
+	}
+	var allIDs uint
+	if m.RecursiveIDs {
+		allIDs = unix.AT_RECURSIVE
+	}
 	for _, change := range []struct {
 		needed bool
 		flags  uint
 		attr   unix.MountAttr
 	}{
+		{ids.Userns_fd != 0, allIDs, ids},
 		{true, unix.AT_RECURSIVE, unix.MountAttr{Propagation: unix.MS_SLAVE}},
 		{m.ReadOnly, 0, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
 		{m.RecursiveReadOnly, unix.AT_RECURSIVE, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
@@ -212,6 +228,15 @@ func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 	}
 	c.mounts = append(c.mounts, target)
 	return nil
+}
+
+// idMap writes mappings as containerd's mount package reads them.
+func idMap(mappings []specs.LinuxIDMapping) string {
+	var list []string
+	for _, m := range mappings {
+		list = append(list, fmt.Sprintf("%d:%d:%d", m.ContainerID, m.HostID, m.Size))
+	}
+	return strings.Join(list, ",")
 }
 
 // in runs f in another mount namespace, on a thread that ends with it.
