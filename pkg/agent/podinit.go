@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"log/slog"
+	"os"
 	"os/exec"
 	"os/signal"
 	"slices"
@@ -38,9 +39,8 @@ type podInit struct {
 	reaper *Reaper
 	log    *slog.Logger
 
-	mu sync.Mutex
-	// pid is 0 while there is none.
-	pid        int
+	mu         sync.Mutex
+	process    *os.Process // nil while there is none
 	uids, gids []specs.LinuxIDMapping
 }
 
@@ -49,11 +49,11 @@ type podInit struct {
 func (p *podInit) join(uids, gids []specs.LinuxIDMapping) (pid int, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.pid != 0 {
+	if p.process != nil {
 		if !slices.Equal(p.uids, uids) || !slices.Equal(p.gids, gids) {
 			return 0, fmt.Errorf("the containers of a sandbox have one user namespace, this one would have another: %w", errdefs.ErrFailedPrecondition)
 		}
-		return p.pid, nil
+		return p.process.Pid, nil
 	}
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{PauseName}
@@ -76,10 +76,10 @@ func (p *podInit) join(uids, gids []specs.LinuxIDMapping) (pid int, err error) {
 		making.Done(0)
 		return 0, fmt.Errorf("make the pod's namespaces: %w", err)
 	}
-	p.pid, p.uids, p.gids = cmd.Process.Pid, slices.Clone(uids), slices.Clone(gids)
-	making.Done(p.pid)
+	p.process, p.uids, p.gids = cmd.Process, slices.Clone(uids), slices.Clone(gids)
+	making.Done(cmd.Process.Pid)
 	go p.wait(cmd)
-	return p.pid, nil
+	return cmd.Process.Pid, nil
 }
 
 func (p *podInit) wait(cmd *exec.Cmd) {
@@ -87,7 +87,7 @@ func (p *podInit) wait(cmd *exec.Cmd) {
 	p.reaper.Release(cmd.Process.Pid)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.pid = 0
+	p.process = nil
 	p.log.Warn("the first process of the pod's namespaces has ended", "error", err)
 }
 
@@ -95,8 +95,8 @@ func (p *podInit) wait(cmd *exec.Cmd) {
 func (p *podInit) kill() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.pid != 0 {
-		unix.Kill(p.pid, unix.SIGKILL)
+	if p.process != nil {
+		p.process.Kill()
 	}
 }
 

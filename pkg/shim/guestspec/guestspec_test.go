@@ -467,14 +467,23 @@ func FuzzRewrite(f *testing.F) {
 	}
 	f.Add(data)
 	f.Add([]byte(`{"process":{},"root":{},"linux":{"devices":[{}],"resources":{"cpu":{}}},"mounts":[{"type":"bind","source":"/"}],"hooks":{}}`))
+	f.Add([]byte(`{"process":{},"root":{},"linux":{"namespaces":[{"type":"pid","path":"/proc/9/ns/pid"},{"type":"network"},{"type":"ipc","path":"/proc/99999999999/ns/ipc"},{"type":"uts"},{"type":"mount"}]},"mounts":[{"destination":"/dev/shm","type":"tmpfs","options":["a=b"]}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var spec specs.Spec
 		if json.Unmarshal(data, &spec) != nil {
 			return
 		}
-		r, err := Rewrite(&spec, first)
+		in := first
+		in.First, in.Pod, in.Tasks = false, true, map[uint32]string{7: "", 9: "c9"}
+		if _, err := ReadSandbox(&spec); err == nil && spec.Linux == nil {
+			t.Error("a sandbox without namespaces")
+		}
+		r, err := Rewrite(&spec, in)
 		if err != nil {
 			return
+		}
+		if r.PIDs != nil && *r.PIDs != "" && *r.PIDs != "c9" {
+			t.Errorf("pids of %q", *r.PIDs)
 		}
 		if _, err := json.Marshal(r.Spec); err != nil {
 			t.Error(err)
