@@ -2,7 +2,9 @@ package shim
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -148,7 +150,8 @@ func (p *pod) writeFiles() error {
 		data, ours := content[name]
 		if !ours {
 			var err error
-			if data, err = os.ReadFile("/etc/" + name); err != nil {
+			// A host that has none gives none.
+			if data, err = os.ReadFile("/etc/" + name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("the host's %w", err)
 			}
 		}
