@@ -87,7 +87,8 @@ func TestOrder(t *testing.T) {
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !slices.Equal(c.seen, want) {
+	// The event whose answer is lost in the restart is told again.
+	if got := slices.Compact(slices.Clone(c.seen)); !slices.Equal(got, want) || len(c.seen) > len(want)+1 {
 		t.Errorf("got  %q\nwant %q", c.seen, want)
 	}
 }
