@@ -6,6 +6,11 @@
 # Clients use `ctr -a STATE/containerd.sock`. It finds shims in bin/ of this checkout, then in the tools of the cache.
 # STATE/config.toml is the shim's own configuration, through MICROVM_CONFIG; STATE/env may set variables for containerd
 # and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un.
+#
+# With CRI=podsandbox or CRI=shim in the environment it is a node for pods too, with the runtime handlers runc and microvm, of
+# which the latter has that sandboxer; clients then use `crictl -c STATE/crictl.yaml`. Pods are on a bridge, so it runs only in
+# a network namespace of its own (or in the test bed); every registry's name means 127.0.0.1:5000. CNI plugins that are not in
+# the tools may be put into STATE/cni/bin, further networks into STATE/cni/conf; libcni keeps its results in /var/lib/cni.
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH=$top/bin:${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin:$PATH
@@ -16,6 +21,9 @@ mkdir -p "$2"
 state=$(cd "$2" && pwd -P)
 [ ${#state} -le 40 ] || die "the state folder's path is longer than 40 characters: $state"
 [[ $state =~ ^[A-Za-z0-9/._-]+$ ]] || die "the state folder's path has unusual characters: $state"
+
+# Once a node for pods, always one: stopping it may take starting it first.
+CRI=${CRI:-$(cat "$state/cri" 2>/dev/null || :)}
 
 pid() { # of our containerd, if it runs: pids are used again, so its command line must be ours
 	local p
@@ -30,18 +38,98 @@ gone() {
 	return 1
 }
 
+# no_cri: what to disable where no CRI is asked for. It would listen on a TCP port for streaming.
+no_cri() {
+	[ -n "$CRI" ] || echo "'io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime', 'io.containerd.grpc.v1.cri'," \
+		"'io.containerd.podsandbox.controller.v1.podsandbox',"
+}
+
+configure_cri() {
+	local plugins tools=${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin
+	case $CRI in podsandbox | shim) echo "$CRI" >"$state/cri" ;; *) die "CRI is podsandbox or shim, not $CRI" ;; esac
+	[ -n "${MICROVM_TESTBED:-}" ] || [ "$(readlink /proc/self/ns/net)" != "$(readlink /proc/1/ns/net)" ] ||
+		die "pods need a network namespace of their own: run this under unshare --net"
+	command -v nft >/dev/null || die "the portmap plugin needs nft: apt-get install nftables"
+	ip link set lo up
+	# The root of a pod with a user namespace is nobody here, and must reach its files.
+	chmod 711 "$state"
+	mkdir -p "$state"/cni/{bin,conf,ipam} "$state/certs.d/_default"
+	plugins=$tools/cni
+	# The MTU is an odd one so that tests can tell that it arrives.
+	cat >"$state/cni/conf/50-pods.conflist" <<-X
+		{
+		  "cniVersion": "1.0.0", "name": "pods",
+		  "plugins": [
+		    {
+		      "type": "bridge", "bridge": "pods0", "isGateway": true, "hairpinMode": true, "mtu": 1450,
+		      "ipam": {
+		        "type": "host-local", "dataDir": "$state/cni/ipam",
+		        "ranges": [[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]],
+		        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+		      }
+		    },
+		    {"type": "portmap", "backend": "nftables", "capabilities": {"portMappings": true}}
+		  ]
+		}
+	X
+	cat >"$state/certs.d/_default/hosts.toml" <<-X
+		server = 'http://127.0.0.1:5000'
+		[host.'http://127.0.0.1:5000']
+		  capabilities = ['pull', 'resolve']
+	X
+	# A client's patience: in the emulated machine everything takes its time.
+	cat >"$state/crictl.yaml" <<-X
+		runtime-endpoint: unix://$state/containerd.sock
+		image-endpoint: unix://$state/containerd.sock
+		timeout: $([ -n "${MICROVM_TESTBED:-}" ] && echo 600 || echo 60)
+	X
+	# The scheduler: a removed container's snapshot goes at once, not with the next hundred changes. restrict_oom_score_adj:
+	# without CAP_SYS_RESOURCE nobody can lower a score. privileged_without_host_devices: a guest has devices of its own.
+	cat >>"$state/containerd.toml" <<-X
+		[plugins.'io.containerd.gc.v1.scheduler']
+		  deletion_threshold = 1
+		[plugins.'io.containerd.cri.v1.images']
+		  snapshotter = 'overlayfs'
+		  [plugins.'io.containerd.cri.v1.images'.pinned_images]
+		    sandbox = 'docker.io/microvm/pause:latest'
+		  [plugins.'io.containerd.cri.v1.images'.registry]
+		    config_path = '$state/certs.d'
+		[plugins.'io.containerd.grpc.v1.cri']
+		  stream_server_address = '127.0.0.1'
+		  stream_server_port = '0'
+		[plugins.'io.containerd.cri.v1.runtime']
+		  restrict_oom_score_adj = true
+		  netns_mounts_under_state_dir = true
+		  [plugins.'io.containerd.cri.v1.runtime'.cni]
+		    bin_dirs = ['$plugins', '$state/cni/bin']
+		    conf_dir = '$state/cni/conf'
+		  [plugins.'io.containerd.cri.v1.runtime'.containerd]
+		    default_runtime_name = 'runc'
+		    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+		      runtime_type = 'io.containerd.runc.v2'
+		      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+		        BinaryName = '$tools/runc'
+		        Root = '$state/runc'
+		    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.microvm]
+		      runtime_type = 'io.containerd.microvm.v2'
+		      sandboxer = '$CRI'
+		      pod_annotations = ['io.microvm.*']
+		      container_annotations = ['io.microvm.*']
+		      privileged_without_host_devices = true
+	X
+}
+
 start() {
 	pid >/dev/null && die "already running: pid $(pid)"
 	mkdir -p "$state"/{root,state,shims}
-	# No CRI: it would open a TCP port for streaming. None of the clients here needs it.
 	cat >"$state/containerd.toml" <<-X
 		version = 4
 		root = '$state/root'
 		state = '$state/state'
 		imports = []
 		disabled_plugins = [
-		  'io.containerd.cri.v1.images', 'io.containerd.cri.v1.runtime', 'io.containerd.grpc.v1.cri',
-		  'io.containerd.podsandbox.controller.v1.podsandbox', 'io.containerd.nri.v1.nri',
+		  $(no_cri)
+		  'io.containerd.nri.v1.nri',
 		  'io.containerd.tracing.processor.v1.otlp', 'io.containerd.internal.v1.tracing',
 		  'io.containerd.snapshotter.v1.devmapper', 'io.containerd.snapshotter.v1.blockfile',
 		]
@@ -54,6 +142,7 @@ start() {
 		[plugins.'io.containerd.internal.v1.opt']
 		  path = '$state/opt'
 	X
+	[ -z "$CRI" ] || configure_cri
 	if [ ! -f "$state/config.toml" ]; then
 		cat >"$state/config.toml" <<-X
 			kernel = '$top/bin/vmlinux'
@@ -95,6 +184,9 @@ stop() {
 	# A containerd that died leaves its containers running, and only containerd can end them properly.
 	if ! pid >/dev/null && [ -n "$(shims)" ]; then start; fi
 	if p=$(pid); then
+		# Pods first, as pods: that takes their networks down too.
+		[ -z "$CRI" ] || crictl -c "$state/crictl.yaml" rmp --all --force >/dev/null ||
+			echo "hack/containerd.sh: could not remove all pods" >&2
 		for ns in $(ctr namespaces ls -q 2>/dev/null); do
 			for id in $(ctr -n "$ns" tasks ls -q 2>/dev/null); do
 				ctr -n "$ns" tasks rm -f "$id" >/dev/null 2>&1 || echo "hack/containerd.sh: could not remove task $id" >&2
