@@ -2,8 +2,12 @@
 # Makes the container images of the tests from Debian packages, without a registry, as docker-archives:
 #   $MICROVM_CACHE/images/busybox.tar   docker.io/microvm/busybox:latest    Debian's busybox-static
 #   $MICROVM_CACHE/images/debian.tar    docker.io/microvm/debian:bookworm   a small Debian with python3, redis and fio
-# usage: hack/images/build.sh [busybox|debian]...      (default: both)
-# An image is made again only when this directory has changed.
+#   $MICROVM_CACHE/images/pause.tar     docker.io/microvm/pause:latest      the first process of a pod under CRI
+#   $MICROVM_CACHE/images/box.tar       docker.io/microvm/box:latest        busybox from Debian's source, upstream's defaults
+#   $MICROVM_CACHE/images/web.tar       docker.io/microvm/web:latest        Debian's nginx on it
+# and $MICROVM_CACHE/images/layers, of which the registry for critest makes its images.
+# usage: hack/images/build.sh [busybox|debian|pods]...      (default: busybox debian; pods is all the others)
+# An image is made again only when what it is made of has changed.
 set -euo pipefail
 # shellcheck source=../tools/lib.sh
 . "$(dirname "$0")/../tools/lib.sh"
@@ -15,21 +19,26 @@ export SOURCE_DATE_EPOCH=1700000000
 
 DEBIAN_PACKAGES=python3-minimal,redis-server,redis-tools,ca-certificates,e2fsprogs,procps,iproute2,attr,acl,fio
 
-# wrap NAME REFERENCE CMD: makes NAME.tar of the root file system in $SCRATCH/NAME-root.tar.
+# wrap NAME REFERENCE CMD [ENTRYPOINT]: makes NAME.tar of the root file system in $SCRATCH/NAME-root.tar.
 wrap() {
 	(
 		cd "$HERE"
 		CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$SCRATCH/images" .
 	)
-	"$SCRATCH/images" -name "$2" -layer "$SCRATCH/$1-root.tar" -cmd "$3" -o "$SCRATCH/$1.tar"
+	"$SCRATCH/images" -name "$2" -layer "$SCRATCH/$1-root.tar" -cmd "$3" -entrypoint "${4:-}" -o "$SCRATCH/$1.tar"
 }
 
-make_busybox() {
-	local root=$SCRATCH/busybox applet
-	download_deb busybox-static "$SCRATCH/deb"
+# pack DIR TAR: the same tar for the same files.
+pack() {
+	tar --owner=0 --group=0 --numeric-owner --sort=name --mtime=@$SOURCE_DATE_EPOCH -C "$1" -cf "$2" .
+}
+
+# busybox_root PROGRAM DIR: a root file system of busybox and nothing else.
+busybox_root() {
+	local root=$2 applet
 	mkdir -p "$root"/{bin,dev,etc,home,proc,root,sbin,sys,tmp,usr/bin,usr/sbin,var/log,var/run}
 	chmod 1777 "$root/tmp"
-	cp "$SCRATCH/deb/bin/busybox" "$root/bin/busybox"
+	cp "$1" "$root/bin/busybox"
 	# Hard links, so that a container can mask one applet without masking all.
 	"$root/bin/busybox" --list | while read -r applet; do
 		[ "$applet" = busybox ] || ln "$root/bin/busybox" "$root/bin/$applet"
@@ -42,23 +51,144 @@ make_busybox() {
 		nobody:x:65534:65534:nobody:/home:/bin/false
 	X
 	printf '%s\n' root:x:0: daemon:x:1: tty:x:5: www-data:x:33: nogroup:x:65534: >"$root/etc/group"
-	tar --owner=0 --group=0 --numeric-owner --sort=name --mtime=@$SOURCE_DATE_EPOCH -C "$root" \
-		-cf "$SCRATCH/busybox-root.tar" .
-	wrap busybox docker.io/microvm/busybox:latest sh
 }
 
-# debian_sources: the mirrors this machine's apt uses for Debian 12, as lines of a sources.list.
+make_busybox() {
+	download_deb busybox-static "$SCRATCH/deb"
+	busybox_root "$SCRATCH/deb/bin/busybox" "$SCRATCH/busybox"
+	pack "$SCRATCH/busybox" "$SCRATCH/busybox-root.tar"
+	wrap busybox docker.io/microvm/busybox:latest sh
+	put "$SCRATCH/busybox.tar" "$IMAGES/busybox.tar"
+}
+
+# debian_sources TYPE: the mirrors this machine's apt uses for Debian 12, as lines of a sources.list; TYPE is deb or deb-src.
 debian_sources() {
 	# shellcheck disable=SC2016 # apt expands these
-	apt-get indextargets --format 'deb $(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
+	apt-get indextargets --format "$1"' $(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
 		sort -u | grep ' bookworm'
+}
+
+# write_sources TYPE FILE
+write_sources() {
+	debian_sources "$1" >"$2" || { apt_update >&2 && debian_sources "$1" >"$2"; } ||
+		die "apt has no mirror with the package lists of Debian 12 (bookworm)"
+}
+
+# download_source PACKAGE DIR: fetches and unpacks the upstream archive of a Debian source package, unpatched.
+download_source() {
+	local options=(
+		-q -o Dir::Etc::SourceList="$2/sources.list" -o Dir::Etc::SourceParts=- -o Dir::State::lists="$2/lists"
+		-o Dir::Cache="$2/cache" -o APT::Sandbox::User=root
+	)
+	mkdir -p "$2/lists/partial" "$2/cache"
+	write_sources deb-src "$2/sources.list"
+	(
+		cd "$2" || exit
+		apt-get "${options[@]}" update && apt-get "${options[@]}" source --download-only "$1"
+	) >"$2/log" 2>&1 || { tail -n 20 "$2/log" >&2; die "apt-get could not download the source of $1"; }
+	tar -C "$2" -xf "$2/$1"_*.orig.tar.*
+}
+
+# Debian's own busybox-static runs its applets in the shell's process ("standalone shell"), so that a container without
+# /bin/ls still has ls; critest masks it and looks. With upstream's defaults an applet is found by its path.
+build_busybox() {
+	local source option
+	packages gcc libc6-dev make bzip2
+	download_source busybox "$SCRATCH/busybox-source"
+	source=$(echo "$SCRATCH"/busybox-source/busybox-*/)
+	(
+		cd "$source" || exit
+		make defconfig
+		for option in STATIC=y FEATURE_SH_STANDALONE=n TC=n; do # tc does not compile with current kernel headers
+			sed -i "/^\(# \)\?CONFIG_${option%=*}[= ]/d" .config
+			echo "CONFIG_$option" >>.config
+		done
+		yes '' | make oldconfig || [ "${PIPESTATUS[1]}" = 0 ]
+		make -j"$(nproc)"
+	) >"$SCRATCH/busybox.log" 2>&1 || { tail -n 20 "$SCRATCH/busybox.log" >&2; die "busybox did not build"; }
+	mv "$source/busybox" "$SCRATCH/box-busybox"
+}
+
+compile() { gcc -Wall -Werror -Os -static -s -o "$2" "$HERE/src/$1"; }
+
+# nginx_conf PORT
+nginx_conf() {
+	cat <<-X
+		user root;
+		worker_processes 1;
+		pid /var/run/nginx.pid;
+		error_log stderr;
+		events { worker_connections 64; }
+		http {
+			access_log off;
+			default_type text/html;
+			server { listen $1; listen [::]:$1; root /usr/share/nginx/html; }
+		}
+	X
+}
+
+# nginx_root DIR: Debian's nginx and the libraries it loads, to lie on the root file system of busybox.
+nginx_root() {
+	local root=$1 deb=$SCRATCH/nginx-deb package library lib=lib/x86_64-linux-gnu
+	for package in nginx libc6 libcrypt1 libpcre2-8-0 libssl3 zlib1g; do download_deb "$package" "$deb"; done
+	mkdir -p "$root"/{lib64,$lib,etc/nginx,usr/sbin,usr/share/nginx/html,var/lib/nginx,var/log/nginx}
+	cp "$deb/usr/sbin/nginx" "$root/usr/sbin/"
+	for library in libc.so.6 libcrypt.so.1 libpcre2-8.so.0 libssl.so.3 libcrypto.so.3 libz.so.1; do
+		cp -L "$(find "$deb" -path "*/x86_64-linux-gnu/$library" | head -n 1)" "$root/$lib/"
+	done
+	cp -L "$deb/$lib/ld-linux-x86-64.so.2" "$root/lib64/"
+	echo '<h1>Welcome to nginx!</h1>' >"$root/usr/share/nginx/html/index.html"
+	nginx_conf 80 >"$root/etc/nginx/nginx.conf"
+	chroot "$root" /usr/sbin/nginx -v 2>/dev/null || die "nginx does not start from the libraries collected for it"
+}
+
+make_pods() {
+	local layers=$SCRATCH/layers image
+	mkdir -p "$layers" "$SCRATCH"/{pause,nonewprivs,nginx-hostnet/etc/nginx,groups/etc}
+	build_busybox
+	busybox_root "$SCRATCH/box-busybox" "$SCRATCH/box"
+	mkdir "$SCRATCH/box/www"
+	echo 'busybox' >"$SCRATCH/box/www/index.html"
+	pack "$SCRATCH/box" "$layers/busybox.tar"
+
+	compile pause.c "$SCRATCH/pause/pause"
+	pack "$SCRATCH/pause" "$layers/pause.tar"
+	compile nonewprivs.c "$SCRATCH/nonewprivs/nonewprivs"
+	chmod 4755 "$SCRATCH/nonewprivs/nonewprivs"
+	pack "$SCRATCH/nonewprivs" "$layers/nonewprivs.tar"
+
+	nginx_root "$SCRATCH/nginx"
+	pack "$SCRATCH/nginx" "$layers/nginx.tar"
+	nginx_conf 12003 >"$SCRATCH/nginx-hostnet/etc/nginx/nginx.conf"
+	pack "$SCRATCH/nginx-hostnet" "$layers/nginx-hostnet.tar"
+
+	{
+		cat "$SCRATCH/box/etc/passwd"
+		echo 'default-user:x:1000:1000::/home/default-user:/bin/sh'
+	} >"$SCRATCH/groups/etc/passwd"
+	{
+		cat "$SCRATCH/box/etc/group"
+		printf '%s\n' default-user:x:1000: group-defined-in-image:x:50000:default-user
+	} >"$SCRATCH/groups/etc/group"
+	pack "$SCRATCH/groups" "$layers/groups.tar"
+
+	ln "$layers/busybox.tar" "$SCRATCH/box-root.tar"
+	wrap box docker.io/microvm/box:latest sh
+	ln "$layers/pause.tar" "$SCRATCH/pause-root.tar"
+	wrap pause docker.io/microvm/pause:latest '' /pause
+	tar -C "$SCRATCH/nginx" -cf - . | tar -C "$SCRATCH/box" -xf -
+	sed -i '1i daemon off;' "$SCRATCH/box/etc/nginx/nginx.conf"
+	pack "$SCRATCH/box" "$SCRATCH/web-root.tar"
+	wrap web docker.io/microvm/web:latest nginx
+	for image in box pause web; do put "$SCRATCH/$image.tar" "$IMAGES/$image.tar"; done
+	rm -rf "$IMAGES/layers"
+	mv "$layers" "$IMAGES/layers"
 }
 
 make_debian() {
 	packages mmdebstrap
 	local sources=$SCRATCH/sources.list log=$SCRATCH/mmdebstrap.log
-	debian_sources >"$sources" || { apt_update >"$log" 2>&1 && debian_sources >"$sources"; } ||
-		die "apt has no mirror with the package lists of Debian 12 (bookworm)"
+	write_sources deb "$sources"
 	apt-config dump | grep -E '^Acquire::https?::Proxy' >"$SCRATCH/apt.conf" || true
 	# shellcheck disable=SC2016 # $1 is the hook's
 	mmdebstrap --mode=root --variant=minbase --include=$DEBIAN_PACKAGES --aptopt="$SCRATCH/apt.conf" \
@@ -68,25 +198,42 @@ make_debian() {
 		bookworm "$SCRATCH/debian-root.tar" "$sources" >"$log" 2>&1 ||
 		{ tail -n 30 "$log" >&2; die "mmdebstrap failed"; }
 	wrap debian docker.io/microvm/debian:bookworm bash
+	put "$SCRATCH/debian.tar" "$IMAGES/debian.tar"
 }
 
-KEY=$(cat "$HERE/build.sh" "$HERE/main.go" "$HERE/go.mod" | sha256sum | cut -c 1-20)
+# key NAME: of what an image is made of.
+key() {
+	local files=("$HERE"/{build.sh,main.go,go.mod})
+	if [ "$1" = pods ]; then files+=("$HERE"/src/*); fi
+	cat "${files[@]}" | sha256sum | cut -c 1-20
+}
 
-present() { [ -e "$IMAGES/$1.tar" ] && [ "$(cat "$IMAGES/$1.key" 2>/dev/null)" = "$KEY" ]; }
+# files NAME: what is made of it.
+files() {
+	case $1 in
+	pods) echo "$IMAGES"/{box,pause,web}.tar "$IMAGES"/layers/{busybox,groups,nginx,nginx-hostnet,nonewprivs,pause}.tar ;;
+	*) echo "$IMAGES/$1.tar" ;;
+	esac
+}
+
+present() {
+	local file
+	for file in $(files "$1"); do [ -e "$file" ] || return 1; done
+	[ "$(cat "$IMAGES/$1.key" 2>/dev/null)" = "$(key "$1")" ]
+}
 
 scratch
 [ $# -gt 0 ] || set -- busybox debian
 for name; do
-	case $name in busybox | debian) ;; *) die "unknown image $name" ;; esac
+	case $name in busybox | debian | pods) ;; *) die "unknown image $name" ;; esac
 	present "$name" || lock "$IMAGES/lock"
 	if ! present "$name"; then
 		start=$SECONDS
 		say "making $name"
 		rm -f "$IMAGES/$name.key"
 		"make_$name"
-		put "$SCRATCH/$name.tar" "$IMAGES/$name.tar"
-		echo "$KEY" >"$IMAGES/$name.key"
+		key "$name" >"$IMAGES/$name.key"
 		say "$name made in $((SECONDS - start)) s"
 	fi
-	say "$IMAGES/$name.tar: $(stat -c %s "$IMAGES/$name.tar") bytes"
+	for file in $(files "$name"); do say "$file: $(stat -c %s "$file") bytes"; done
 done

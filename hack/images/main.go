@@ -19,16 +19,17 @@ import (
 func main() {
 	reference := flag.String("name", "", "the image's reference")
 	layer := flag.String("layer", "", "uncompressed tar of the root file system")
+	entrypoint := flag.String("entrypoint", "", "entry point, words separated by spaces")
 	command := flag.String("cmd", "sh", "default command, words separated by spaces")
 	output := flag.String("o", "", "docker-archive to write")
 	flag.Parse()
-	if err := write(*reference, *layer, strings.Fields(*command), *output); err != nil {
+	if err := write(*reference, *layer, strings.Fields(*entrypoint), strings.Fields(*command), *output); err != nil {
 		fmt.Fprintln(os.Stderr, "images:", err)
 		os.Exit(1)
 	}
 }
 
-func write(reference, layer string, command []string, output string) error {
+func write(reference, layer string, entrypoint, command []string, output string) error {
 	tag, err := name.NewTag(reference, name.StrictValidation)
 	if err != nil {
 		return fmt.Errorf("image reference: %w", err)
@@ -51,7 +52,7 @@ func write(reference, layer string, command []string, output string) error {
 	config = config.DeepCopy()
 	config.OS, config.Architecture = "linux", "amd64"
 	config.Config.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-	config.Config.Cmd = command
+	config.Config.Entrypoint, config.Config.Cmd = entrypoint, command
 	if image, err = mutate.ConfigFile(image, config); err != nil {
 		return fmt.Errorf("image configuration: %w", err)
 	}
