@@ -24,6 +24,7 @@ state=$(cd "$2" && pwd -P)
 
 # Once a node for pods, always one: stopping it may take starting it first.
 CRI=${CRI:-$(cat "$state/cri" 2>/dev/null || :)}
+case $CRI in '' | podsandbox | shim) ;; *) die "CRI is podsandbox or shim, not $CRI" ;; esac
 
 pid() { # of our containerd, if it runs: pids are used again, so its command line must be ours
 	local p
@@ -44,9 +45,12 @@ no_cri() {
 		"'io.containerd.podsandbox.controller.v1.podsandbox',"
 }
 
+# handler: the configuration file of the runtime handler microvm, the same that a user takes.
+handler() { [ -z "$CRI" ] || echo "'$top/deploy/k8s/containerd-$CRI.toml'"; }
+
 configure_cri() {
 	local plugins tools=${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin
-	case $CRI in podsandbox | shim) echo "$CRI" >"$state/cri" ;; *) die "CRI is podsandbox or shim, not $CRI" ;; esac
+	echo "$CRI" >"$state/cri"
 	[ -n "${MICROVM_TESTBED:-}" ] || [ "$(readlink /proc/self/ns/net)" != "$(readlink /proc/1/ns/net)" ] ||
 		die "pods need a network namespace of their own: run this under unshare --net"
 	command -v nft >/dev/null || die "the portmap plugin needs nft: apt-get install nftables"
@@ -83,11 +87,8 @@ configure_cri() {
 		image-endpoint: unix://$state/containerd.sock
 		timeout: $([ -n "${MICROVM_TESTBED:-}" ] && echo 600 || echo 60)
 	X
-	# The scheduler: a removed container's snapshot goes at once, not with the next hundred changes. restrict_oom_score_adj:
-	# without CAP_SYS_RESOURCE nobody can lower a score. privileged_without_host_devices: a guest has devices of its own.
+	# restrict_oom_score_adj: without CAP_SYS_RESOURCE nobody can lower a score.
 	cat >>"$state/containerd.toml" <<-X
-		[plugins.'io.containerd.gc.v1.scheduler']
-		  deletion_threshold = 1
 		[plugins.'io.containerd.cri.v1.images']
 		  snapshotter = 'overlayfs'
 		  [plugins.'io.containerd.cri.v1.images'.pinned_images]
@@ -110,12 +111,6 @@ configure_cri() {
 		      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
 		        BinaryName = '$tools/runc'
 		        Root = '$state/runc'
-		    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.microvm]
-		      runtime_type = 'io.containerd.microvm.v2'
-		      sandboxer = '$CRI'
-		      pod_annotations = ['io.microvm.*']
-		      container_annotations = ['io.microvm.*']
-		      privileged_without_host_devices = true
 	X
 }
 
@@ -126,7 +121,7 @@ start() {
 		version = 4
 		root = '$state/root'
 		state = '$state/state'
-		imports = []
+		imports = [$(handler)]
 		disabled_plugins = [
 		  $(no_cri)
 		  'io.containerd.nri.v1.nri',
