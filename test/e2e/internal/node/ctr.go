@@ -16,9 +16,44 @@ var cgroupWarning = regexp.MustCompile(`(?m)^time=.*level=warning msg="DEPRECATI
 
 // Command prepares ctr against this node.
 func (n *Node) Command(ctx context.Context, args ...string) *exec.Cmd {
-	c := exec.CommandContext(ctx, "ctr", append([]string{"-a", n.path("containerd.sock"), "-n", Namespace}, args...)...)
+	namespace := Namespace
+	if n.pods {
+		namespace = PodNamespace
+	}
+	c := exec.CommandContext(ctx, "ctr", append([]string{"-a", n.path("containerd.sock"), "-n", namespace}, args...)...)
 	c.Dir = "/"
 	return c
+}
+
+// CrictlCommand prepares crictl against this node.
+func (n *Node) CrictlCommand(ctx context.Context, args ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, "crictl", append([]string{"-c", n.path("crictl.yaml")}, args...)...)
+	c.Dir = "/"
+	return c
+}
+
+// Crictl runs crictl to its end.
+func (n *Node) Crictl(t *testing.T, args ...string) Result {
+	t.Helper()
+	return n.CrictlInput(t, "", args...)
+}
+
+// CrictlInput runs crictl with something on its standard input.
+func (n *Node) CrictlInput(t *testing.T, stdin string, args ...string) Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), commandLimit())
+	defer cancel()
+	return finish(t, ctx, n.CrictlCommand(ctx, args...), stdin)
+}
+
+// MustCrictl fails the test unless crictl succeeds.
+func (n *Node) MustCrictl(t *testing.T, args ...string) Result {
+	t.Helper()
+	r := n.Crictl(t, args...)
+	if r.Code != 0 {
+		t.Fatalf("crictl %s: %s", strings.Join(args, " "), r)
+	}
+	return r
 }
 
 // Ctr runs ctr to its end.

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -54,11 +56,11 @@ func (n *Node) host() (hostState, error) {
 	all := func(fs.DirEntry) bool { return true }
 	for _, dir := range []string{
 		"/run", "/dev/shm", "/var/lib/microvm",
-		n.path("state"), n.path("shims"), n.path("fifo"), n.path("runc"), n.path("root/io.containerd.runtime.v2.task"),
+		"/var/lib/cni", n.path("cni"), n.path("root/io.containerd.grpc.v1.cri"), n.path("state"), n.path("shims"), n.path("fifo"), n.path("runc"), n.path("root/io.containerd.runtime.v2.task"),
 	} {
 		s.walk("file", dir, all)
 	}
-	for _, pattern := range []string{n.path("root/io.containerd.snapshotter.v1.*/snapshots/*"), "/sys/class/net/*", "/sys/block/loop*/loop"} {
+	for _, pattern := range []string{n.path("root/io.containerd.snapshotter.v1.*/snapshots/*"), "/sys/block/loop*/loop"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			return nil, err
@@ -67,7 +69,31 @@ func (n *Node) host() (hostState, error) {
 			s.add("entry", f)
 		}
 	}
+	links, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range links {
+		s.add("link", l.Name)
+	}
+	if n.pods {
+		if err := s.rules(); err != nil {
+			return nil, err
+		}
+	}
 	return s, nil
+}
+
+// rules adds those of nftables, which the portmap plugin makes.
+func (s hostState) rules() error {
+	out, err := exec.Command("nft", "list", "ruleset").Output()
+	if err != nil {
+		return fmt.Errorf("nft list ruleset: %w", err)
+	}
+	for l := range strings.Lines(string(out)) {
+		s.add("rule", strings.TrimSpace(l))
+	}
+	return nil
 }
 
 // walk adds the entries of a tree which may change meanwhile, without looking into other file systems mounted in it.
@@ -80,7 +106,7 @@ func (s hostState) walk(kind, dir string, want func(fs.DirEntry) bool) {
 			return fs.SkipDir // a live container's files
 		}
 		// containerd and runc make directories and cgroups of the containerd namespace's name and keep them.
-		if want(d) && path != dir && d.Name() != Namespace {
+		if want(d) && path != dir && d.Name() != Namespace && d.Name() != PodNamespace {
 			s.add(kind, path)
 		}
 		return nil

@@ -8,14 +8,19 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"testing"
 
 	"golang.org/x/sys/unix"
 )
 
-// The supervisor tells the test process its state folder in this variable; its own pid is the test's parent.
-const stateVariable = "E2E_STATE"
+const (
+	// The supervisor tells the test process its state folder in this variable; its own pid is the test's parent.
+	stateVariable = "E2E_STATE"
+	// hack/containerd.sh makes a node for pods when this is set, to a sandboxer.
+	criVariable = "CRI"
+)
 
 // Main runs a package's tests below a supervisor: call it from TestMain.
 //
@@ -26,6 +31,32 @@ func Main(m *testing.M) {
 	if os.Getenv(stateVariable) == "" {
 		os.Exit(supervise())
 	}
+	runTests(m)
+}
+
+// MainPods is Main for tests of pods: the node's containerd has CRI, with the sandboxer from E2E_SANDBOXER (podsandbox), and
+// supervisor, tests and node are in a network namespace of their own, so that nothing is left of its bridge and addresses.
+func MainPods(m *testing.M) {
+	if os.Getenv(stateVariable) != "" {
+		runTests(m)
+	}
+	sandboxer := os.Getenv("E2E_SANDBOXER")
+	if sandboxer == "" {
+		sandboxer = "podsandbox"
+	}
+	if err := os.Setenv(criVariable, sandboxer); err != nil {
+		os.Exit(report(err))
+	}
+	// What this thread starts is in its namespaces; supervise starts all from this goroutine.
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		os.Exit(report(fmt.Errorf("a network namespace of our own: %w", err)))
+	}
+	os.Exit(supervise())
+}
+
+// runTests ends the process.
+func runTests(m *testing.M) {
 	if err := os.Setenv("PATH", filepath.Join(cache(), "tools/bin")+":"+os.Getenv("PATH")); err != nil {
 		os.Exit(report(err))
 	}
@@ -123,6 +154,9 @@ func Top() string {
 }
 
 func containerdScript() string { return filepath.Join(Top(), "hack/containerd.sh") }
+
+// Image is the archive of one of hack/images' images.
+func Image(name string) string { return filepath.Join(cache(), "images", name+".tar") }
 
 // cache is where hack/tools and hack/images put what they build.
 func cache() string {

@@ -20,9 +20,13 @@ import (
 const (
 	// Namespace is the containerd namespace of the tests.
 	Namespace = "e2e"
-	// Busybox and Debian are the images made by hack/images.
+	// PodNamespace is that of CRI.
+	PodNamespace = "k8s.io"
+	// Busybox and Debian are the images made by hack/images; Box and Pause are for pods.
 	Busybox = "docker.io/microvm/busybox:latest"
 	Debian  = "docker.io/microvm/debian:bookworm"
+	Box     = "docker.io/microvm/box:latest"
+	Pause   = "docker.io/microvm/pause:latest"
 )
 
 // A Node is a containerd with everything it keeps below one state folder.
@@ -31,6 +35,7 @@ type Node struct {
 	Runtime string
 
 	dir     string
+	pods    bool     // a node for pods, see MainPods
 	wrapper []string // put before the command that starts containerd
 
 	mu       sync.Mutex
@@ -87,7 +92,7 @@ func New(t *testing.T, dir string, wrapper ...string) *Node {
 }
 
 func newNode(dir string) *Node {
-	n := &Node{Runtime: os.Getenv("E2E_RUNTIME"), dir: dir, imported: map[string]bool{}}
+	n := &Node{Runtime: os.Getenv("E2E_RUNTIME"), dir: dir, pods: os.Getenv(criVariable) != "", imported: map[string]bool{}}
 	if n.Runtime == "" {
 		n.Runtime = "io.containerd.microvm.v2"
 	}
@@ -97,7 +102,9 @@ func newNode(dir string) *Node {
 // watch compares the host after the test with what it is without any container, and logs what containerd said if it failed.
 func (n *Node) watch(t *testing.T) {
 	t.Helper()
-	n.Import(t, Busybox, "overlayfs")
+	if !n.pods {
+		n.Import(t, Busybox, "overlayfs")
+	}
 	from := n.LogSize()
 	t.Cleanup(func() {
 		n.sameHost(t)
@@ -106,6 +113,9 @@ func (n *Node) watch(t *testing.T) {
 		}
 	})
 }
+
+// Path is that of something in the node's state folder.
+func (n *Node) Path(name string) string { return n.path(name) }
 
 func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
 
@@ -174,8 +184,14 @@ func (n *Node) Import(t *testing.T, image, snapshotter string) {
 	}
 	name, _, _ := strings.Cut(filepath.Base(image), ":")
 	// Without --local, containerd unpacks for its configured snapshotters only.
-	n.MustCtr(t, "images", "import", "--local", "--snapshotter", snapshotter, filepath.Join(cache(), "images", name+".tar"))
+	n.MustCtr(t, "images", "import", "--local", "--snapshotter", snapshotter, Image(name))
 	n.imported[key] = true
+	n.SetBaseline(t)
+}
+
+// SetBaseline makes the host as it is now what it has to be at the end of a test.
+func (n *Node) SetBaseline(t *testing.T) {
+	t.Helper()
 	var err error
 	if n.baseline, err = n.host(); err != nil {
 		t.Fatalf("look at the host: %v", err)

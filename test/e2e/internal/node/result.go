@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// A Result is how a ctr command ended.
+// A Result is how a command ended: ctr's, or one in a container.
 type Result struct {
 	Stdout, Stderr string
 	Code           int

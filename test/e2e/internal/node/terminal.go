@@ -12,7 +12,7 @@ import (
 	"github.com/containerd/console"
 )
 
-// A Terminal is a ctr command on a pseudo-terminal that the test types into and reads from.
+// A Terminal is a ctr or crictl command on a pseudo-terminal that the test types into and reads from.
 type Terminal struct {
 	t       *testing.T
 	master  console.Console
@@ -36,6 +36,17 @@ func (n *Node) RunTerminal(t *testing.T, width, height uint16, flags []string, c
 // Terminal starts ctr on a pseudo-terminal of a given size.
 func (n *Node) Terminal(t *testing.T, width, height uint16, args ...string) *Terminal {
 	t.Helper()
+	return onTerminal(t, width, height, n.Command, args...)
+}
+
+// CrictlTerminal is Terminal for crictl.
+func (n *Node) CrictlTerminal(t *testing.T, width, height uint16, args ...string) *Terminal {
+	t.Helper()
+	return onTerminal(t, width, height, n.CrictlCommand, args...)
+}
+
+func onTerminal(t *testing.T, width, height uint16, command func(context.Context, ...string) *exec.Cmd, args ...string) *Terminal {
+	t.Helper()
 	master, path, err := console.NewPty()
 	if err != nil {
 		t.Fatal(err)
@@ -49,7 +60,7 @@ func (n *Node) Terminal(t *testing.T, width, height uint16, args ...string) *Ter
 	}
 	defer slave.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), commandLimit())
-	c := n.Command(ctx, args...)
+	c := command(ctx, args...)
 	c.Stdin, c.Stdout, c.Stderr = slave, slave, slave
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := c.Start(); err != nil {

@@ -1,0 +1,13 @@
+//go:build e2e
+
+// Package cri tests what a pod does, through CRI and crictl, under any runtime handler: E2E_RUNTIME_HANDLER names it. What
+// holds for every runtime is tested here, so that the suite itself can be checked against runc.
+package cri
+
+import (
+	"testing"
+
+	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
+)
+
+func TestMain(m *testing.M) { node.MainPods(m) }

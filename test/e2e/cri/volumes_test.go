@@ -1,0 +1,260 @@
+//go:build e2e
+
+package cri
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
+	"github.com/microvm-runtime/microvm/test/e2e/internal/pods"
+)
+
+func propagation(p cri.MountPropagation) func(*cri.Mount) {
+	return func(m *cri.Mount) { m.Propagation = p }
+}
+
+// mountTmpfs mounts a tmpfs on the host, as the kubelet does for an emptyDir of medium Memory, until the end of the test.
+// The pod that uses it must be made afterwards, so that it is removed before.
+func mountTmpfs(t *testing.T, dir, options string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+}
+
+// Directories of the host, writable and not: what is written on one side is there on the other.
+func TestHostPath(t *testing.T) {
+	n := pods.For(t)
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "from-host"), "hello\n")
+	c := n.Pod(t).Run(t, pods.Mount(dir, "/rw"), pods.Mount(dir, "/ro", pods.ReadOnly))
+	c.Exec(t, "cat", "/rw/from-host", "/ro/from-host").WantOutput(t, "hello\nhello\n")
+	c.Get(t, "echo answer >/rw/from-pod; mkdir /rw/dir; ln -s from-pod /rw/link")
+	if b, err := os.ReadFile(filepath.Join(dir, "link")); err != nil || string(b) != "answer\n" {
+		t.Errorf("on the host: %q, %v", b, err)
+	}
+	if got := c.Get(t, "cat /ro/from-pod"); got != "answer" {
+		t.Errorf("through the read-only mount: %q", got)
+	}
+	for _, script := range []string{"echo >/ro/new", "rm /ro/from-host", "echo >>/ro/from-host", "chmod 700 /ro"} {
+		if r := c.Shell(t, script); r.Code == 0 || !strings.Contains(r.Stderr, "Read-only file system") {
+			t.Errorf("%s: %s", script, r)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, "from-host")); err != nil {
+		t.Fatal(err)
+	}
+	node.Until(t, "the pod sees that the file is gone", func() bool { return c.Shell(t, "[ ! -e /rw/from-host ]").Code == 0 })
+}
+
+// Two containers write to the same volume, one of them to a directory of it.
+func TestSharedVolume(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	a := p.Run(t, pods.Mount(dir, "/all"))
+	b := p.Run(t, pods.Mount(filepath.Join(dir, "sub"), "/sub"))
+	a.Get(t, "echo from a >/all/sub/file")
+	node.Until(t, "one container sees what the other wrote", func() bool { return strings.TrimSpace(b.Shell(t, "cat /sub/file").Stdout) == "from a" })
+	b.Get(t, "echo from b >>/sub/file")
+	node.Until(t, "and the other way round", func() bool { return strings.HasSuffix(a.Shell(t, "cat /all/sub/file").Stdout, "from b\n") })
+	if got := b.Get(t, "ls -A /sub/.. | grep -c file || true"); got != "0" {
+		t.Errorf("the parent of a sub-directory mount shows the volume: %q", got)
+	}
+}
+
+// A file is mounted as that file: its directory does not show.
+func TestFileMount(t *testing.T) {
+	n := pods.For(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "hosts")
+	write(t, file, "one\n")
+	write(t, filepath.Join(dir, "secret"), "secret\n")
+	c := n.Pod(t).Run(t, pods.Mount(file, "/etc/mine/file"), pods.Mount(file, "/etc/mine/ro", pods.ReadOnly))
+	c.Exec(t, "cat", "/etc/mine/file").WantOutput(t, "one\n")
+	if got := c.Get(t, "ls -A /etc/mine"); got != "file\nro" {
+		t.Errorf("the directory: %q", got)
+	}
+	c.Get(t, "echo two >/etc/mine/file")
+	if b, err := os.ReadFile(file); err != nil || string(b) != "two\n" {
+		t.Errorf("on the host: %q, %v", b, err)
+	}
+	c.Shell(t, "echo three >/etc/mine/ro").WantExit(t, 1)
+}
+
+// The kubelet updates configMaps, secrets and tokens by renaming a symbolic link: ..data points to a new directory.
+func TestSymlinkSwap(t *testing.T) {
+	n := pods.For(t)
+	dir := t.TempDir()
+	version := func(i int) {
+		t.Helper()
+		data := fmt.Sprintf("..v%d", i)
+		if err := os.Mkdir(filepath.Join(dir, data), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, data, "key"), fmt.Sprintf("value %d\n", i))
+		if err := os.Symlink(data, filepath.Join(dir, "..data_tmp")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")); err != nil {
+			t.Fatal(err)
+		}
+		if i > 1 {
+			if err := os.RemoveAll(filepath.Join(dir, fmt.Sprintf("..v%d", i-1))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	version(1)
+	if err := os.Symlink("..data/key", filepath.Join(dir, "key")); err != nil {
+		t.Fatal(err)
+	}
+	c := n.Pod(t).Run(t, pods.Mount(dir, "/config", pods.ReadOnly))
+	for i := 1; i <= 3; i++ {
+		if i > 1 {
+			version(i)
+		}
+		node.Until(t, fmt.Sprintf("version %d is seen", i), func() bool {
+			return c.Shell(t, "cat /config/key").Stdout == fmt.Sprintf("value %d\n", i)
+		})
+	}
+	if got := c.Get(t, "readlink /config/key; ls -A /config"); got != "..data/key\n..data\n..v3\nkey" {
+		t.Errorf("the volume: %q", got)
+	}
+}
+
+// Recursive read-only: what is mounted below is read-only too. Without it, it is not.
+func TestRecursiveReadOnly(t *testing.T) {
+	n := pods.For(t)
+	dir := t.TempDir()
+	mountTmpfs(t, filepath.Join(dir, "below"), "")
+	c := n.Pod(t).Run(t,
+		pods.Mount(dir, "/rro", pods.ReadOnly, func(m *cri.Mount) { m.RecursiveReadOnly = true }, propagation(cri.MountPropagation_PROPAGATION_PRIVATE)),
+		pods.Mount(dir, "/ro", pods.ReadOnly))
+	c.Shell(t, "echo >/ro/file").WantExit(t, 1)
+	c.Shell(t, "echo >/rro/file").WantExit(t, 1)
+	c.Shell(t, "echo >/ro/below/file").WantExit(t, 0)
+	c.Shell(t, "echo >/rro/below/file").WantExit(t, 1)
+	if got := c.Get(t, "ls /rro/below"); got != "file" {
+		t.Errorf("the file system below: %q", got)
+	}
+}
+
+// HostToContainer: a file system that is mounted on the host later appears in the pod, and goes with it.
+func TestPropagationHostToContainer(t *testing.T) {
+	n := pods.For(t)
+	// The parent must be a shared mount; the kubelet's directory is.
+	parent := t.TempDir()
+	mountTmpfs(t, parent, "")
+	if err := unix.Mount("", parent, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	p := n.Pod(t)
+	slave := p.Run(t, pods.Mount(parent, "/v", propagation(cri.MountPropagation_PROPAGATION_HOST_TO_CONTAINER)))
+	private := p.Run(t, pods.Mount(parent, "/v"))
+	late := filepath.Join(parent, "late")
+	if err := os.Mkdir(late, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", late, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	mounted := true
+	unmount := func() {
+		if mounted {
+			if err := unix.Unmount(late, 0); err != nil {
+				t.Error(err)
+			}
+			mounted = false
+		}
+	}
+	t.Cleanup(unmount)
+	write(t, filepath.Join(late, "file"), "late\n")
+	node.Until(t, "the pod sees what was mounted later", func() bool { return slave.Shell(t, "cat /v/late/file").Stdout == "late\n" })
+	private.Shell(t, "cat /v/late/file").WantExit(t, 1)
+	unmount()
+	node.Until(t, "the pod sees that it is unmounted", func() bool { return slave.Shell(t, "[ -d /v/late ] && [ ! -e /v/late/file ]").Code == 0 })
+}
+
+// An emptyDir of medium Memory is a tmpfs with a size, shared by the containers.
+func TestMemoryEmptyDir(t *testing.T) {
+	n := pods.For(t)
+	dir := filepath.Join(t.TempDir(), "volumes/kubernetes.io~empty-dir/memory")
+	mountTmpfs(t, dir, "size=8m")
+	p := n.Pod(t)
+	a, b := p.Run(t, pods.Mount(dir, "/mem")), p.Run(t, pods.Mount(dir, "/mem"))
+	a.Get(t, "grep ' /mem tmpfs ' /proc/mounts || stat -f -c %T /mem")
+	a.Get(t, "echo shared >/mem/file")
+	if got := b.Get(t, "cat /mem/file"); got != "shared" {
+		t.Errorf("the other container sees %q", got)
+	}
+	if r := a.Shell(t, "dd if=/dev/zero of=/mem/big bs=1M count=16"); r.Code == 0 || !strings.Contains(r.Stderr, "No space left") {
+		t.Errorf("writing more than its size: %s", r)
+	}
+}
+
+// /dev/shm is there, of the size Kubernetes gives it, and shared by the pod.
+func TestSharedMemory(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	a, b := p.Run(t), p.Run(t)
+	if got := a.Get(t, "df -k /dev/shm | tail -n 1 | awk '{print $2}'"); got != "65536" {
+		t.Errorf("/dev/shm: %q", got)
+	}
+	a.Get(t, "echo x >/dev/shm/x; [ $(stat -c %a /dev/shm) = 1777 ]")
+	if got := b.Get(t, "cat /dev/shm/x"); got != "x" {
+		t.Errorf("the other container sees %q", got)
+	}
+	if x, y := a.Get(t, "readlink /proc/self/ns/ipc"), b.Get(t, "readlink /proc/self/ns/ipc"); x != y {
+		t.Errorf("IPC namespaces %s and %s", x, y)
+	}
+}
+
+// Many files and a large one.
+func TestManyFiles(t *testing.T) {
+	n := pods.For(t)
+	dir := t.TempDir()
+	c := n.Pod(t).Run(t, pods.Mount(dir, "/v"))
+	c.Get(t, "mkdir /v/many; cd /v/many; for i in $(seq 1000); do echo $i >$i; done; head -c 5000000 /dev/urandom >/v/large; md5sum </v/large >/v/sum")
+	entries, err := os.ReadDir(filepath.Join(dir, "many"))
+	if err != nil || len(entries) != 1000 {
+		t.Errorf("%d files, %v", len(entries), err)
+	}
+	if got := c.Get(t, "ls /v/many | wc -l; cat /v/many/* | wc -l; md5sum </v/large | cmp - /v/sum && echo same"); got != "1000\n1000\nsame" {
+		t.Errorf("in the pod: %q", got)
+	}
+}
+
+// A volume that is not there is made by containerd, as CRI has it; one that is in the way of a file is an error.
+func TestVolumeInTheWay(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	file := filepath.Join(t.TempDir(), "file")
+	write(t, file, "")
+	c, err := p.TryCreate(t, pods.Mount(filepath.Join(file, "below"), "/v"))
+	if err == nil {
+		err = c.TryStart(t)
+	}
+	if err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("a volume below a file: %v", err)
+	}
+	p.Run(t).Get(t, "true")
+}
