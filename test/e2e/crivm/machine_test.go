@@ -1,0 +1,115 @@
+//go:build e2e
+
+package crivm
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
+	"github.com/microvm-runtime/microvm/test/e2e/internal/pods"
+)
+
+// Each pod has a kernel of its own, which its containers share; one shim and one VMM serve it.
+func TestOneMachinePerPod(t *testing.T) {
+	n := pods.For(t)
+	p, _ := only(t, n, vmm, func() *pods.Pod { return n.Pod(t) })
+	q, _ := only(t, n, shim, func() *pods.Pod { return n.Pod(t) })
+	a, b, c := p.Run(t), p.Run(t), q.Run(t)
+	if x, y, z := bootID(t, a), bootID(t, b), bootID(t, c); x != y || x == z {
+		t.Errorf("boot ids %q and %q of one pod, %q of another", x, y, z)
+	}
+	if host := hostFile(t, "/proc/sys/kernel/random/boot_id"); bootID(t, a) == host {
+		t.Error("the pod runs on the host's kernel")
+	}
+	if machines, shims := len(n.Processes(vmm)), len(n.Processes(shim)); machines != 2 || shims != 2 {
+		t.Errorf("%d VMMs and %d shims for two pods", machines, shims)
+	}
+	p.Remove(t)
+	node.Until(t, "the pod's VMM has ended with it", func() bool { return len(n.Processes(vmm)) == 1 })
+	c.Get(t, "true")
+}
+
+// What a virtual machine cannot share with the host is refused, in words that name what the user wrote.
+func TestHostNamespacesRefused(t *testing.T) {
+	n := pods.For(t)
+	for name, set := range map[string]func(*cri.NamespaceOption){
+		"hostNetwork": func(o *cri.NamespaceOption) { o.Network = cri.NamespaceMode_NODE },
+		"hostPID":     func(o *cri.NamespaceOption) { o.Pid = cri.NamespaceMode_NODE },
+		"hostIPC":     func(o *cri.NamespaceOption) { o.Ipc = cri.NamespaceMode_NODE },
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := n.PodConfig(t, func(c *cri.PodSandboxConfig) { set(c.Linux.SecurityContext.NamespaceOptions) })
+			_, err := n.TryPod(t, config)
+			if err == nil || !strings.Contains(err.Error(), name) {
+				t.Errorf("want an error about %s: %v", name, err)
+			}
+		})
+	}
+}
+
+// A privileged pod has all rights over its own kernel and none over the host's.
+func TestPrivilegedInTheGuestOnly(t *testing.T) {
+	n := pods.For(t)
+	const sysctl = "/proc/sys/kernel/panic"
+	before := hostFile(t, sysctl)
+	c := n.Pod(t, pods.PrivilegedPod).Run(t, pods.Security(func(s *cri.LinuxContainerSecurityContext) {
+		*s = cri.LinuxContainerSecurityContext{NamespaceOptions: s.NamespaceOptions, Privileged: true}
+	}))
+	c.Get(t, "echo 17 >"+sysctl)
+	if got := c.Get(t, "cat "+sysctl); got != "17" {
+		t.Errorf("in the guest: %s", got)
+	}
+	if after := hostFile(t, sysctl); after != before {
+		t.Errorf("the host's setting has changed from %s to %s", before, after)
+	}
+	c.Get(t, "[ ! -e /dev/kvm ]")
+}
+
+// The pod's machine is in the pod's cgroup, as the host sees it.
+func TestMachineIsInThePodsCgroup(t *testing.T) {
+	n := pods.For(t)
+	p, pid := only(t, n, vmm, func() *pods.Pod { return n.Pod(t) })
+	if got := hostFile(t, fmt.Sprintf("/proc/%d/cgroup", pid)); !strings.Contains(got, p.Config().Linux.CgroupParent+"/") {
+		t.Errorf("the VMM's cgroups: %s", got)
+	}
+}
+
+func memTotal(t *testing.T, c *pods.Container) int {
+	t.Helper()
+	kib, err := strconv.Atoi(c.Get(t, "awk '/^MemTotal/ {print $2}' /proc/meminfo"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kib >> 10
+}
+
+// The machine holds what the pod's resources say, from its start.
+func TestSizeOfPod(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t, func(c *cri.PodSandboxConfig) {
+		c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 800 << 20, CpuPeriod: 100000, CpuQuota: 200000}
+	})
+	c := p.Run(t)
+	if got := memTotal(t, c); got < 800 {
+		t.Errorf("MemTotal is %d MiB", got)
+	}
+	if got := c.Get(t, "nproc"); got != "2" {
+		t.Errorf("nproc says %s", got)
+	}
+}
+
+// A container's limits change, and so does what its machine has.
+func TestMachineGrowsAndShrinks(t *testing.T) {
+	n := pods.For(t)
+	c := n.Pod(t).Run(t, pods.Resources(&cri.LinuxContainerResources{MemoryLimitInBytes: 128 << 20, CpuPeriod: 100000, CpuQuota: 100000}))
+	small := memTotal(t, c)
+	n.MustCrictl(t, "update", "--memory", strconv.Itoa(1<<30), "--cpu-quota", "200000", "--cpu-period", "100000", c.ID)
+	node.Until(t, "there is more of both", func() bool { return memTotal(t, c) >= 1024 && c.Get(t, "nproc") == "2" })
+	n.MustCrictl(t, "update", "--memory", strconv.Itoa(128<<20), "--cpu-quota", "100000", "--cpu-period", "100000", c.ID)
+	node.Until(t, "there is less of both", func() bool { return memTotal(t, c) <= small+64 && c.Get(t, "nproc") == "1" })
+}
