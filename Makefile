@@ -42,6 +42,13 @@ tools: ## build containerd, ctr and runc for the tests (about 3 minutes, once)
 images: ## make the container images of the tests from Debian packages
 	hack/images/build.sh
 
+# What a node for pods needs besides. nft is what the portmap plugin calls.
+.PHONY: pod-tools
+pod-tools: tools
+	hack/tools/build.sh cri-tools cni
+	hack/images/build.sh pods
+	. hack/tools/lib.sh && packages nftables
+
 .PHONY: testbed
 testbed: ## make the emulated machine for hosts whose KVM cannot boot the guest kernel
 	hack/testbed/build.sh
@@ -82,6 +89,19 @@ test-guest: guest fsconformance ## tests of the VMM that boot the guest kernel, 
 .PHONY: e2e
 e2e: guest tools images fsconformance ## black-box tests with containerd and ctr, where KVM can boot the guest kernel
 	E2E_RUNTIME=$(E2E_RUNTIME) hack/e2e.sh '$(RUN)'
+
+# What "make e2e-cri" and "make critest" test: HANDLER=runc checks the tests themselves, without a virtual machine.
+HANDLER ?= microvm
+SANDBOXER ?= podsandbox
+GUEST_OF_HANDLER := $(if $(filter runc,$(HANDLER)),,guest)
+
+.PHONY: e2e-cri
+e2e-cri: $(GUEST_OF_HANDLER) pod-tools ## black-box tests of pods with crictl and the CRI API: HANDLER (microvm), SANDBOXER (podsandbox)
+	E2E_RUNTIME_HANDLER=$(HANDLER) E2E_SANDBOXER=$(SANDBOXER) hack/e2e.sh '$(RUN)' cri $(if $(GUEST_OF_HANDLER),crivm)
+
+.PHONY: critest
+critest: $(GUEST_OF_HANDLER) pod-tools ## CRI's conformance tests: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks specs
+	hack/critest.sh $(HANDLER) $(SANDBOXER) '$(RUN)'
 
 .PHONY: fsconformance
 fsconformance: # the program that tests a share from inside a guest
