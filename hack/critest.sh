@@ -81,7 +81,7 @@ fi
 
 # specs GROUP
 specs() {
-	local run=(hack/testbed/run --timeout $LIMIT --out "$reports" --)
+	local run=(hack/testbed/run --timeout "$LIMIT" --out "$reports" --)
 	[ "$handler" != runc ] || run=()
 	"${run[@]}" "$SCRIPT" inside "$handler" "$sandboxer" "$reports" "$1"
 }
