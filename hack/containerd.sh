@@ -49,7 +49,7 @@ no_cri() {
 handler() { [ -z "$CRI" ] || echo "'$top/deploy/k8s/containerd-$CRI.toml'"; }
 
 configure_cri() {
-	local plugins tools=${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin
+	local tools=${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin
 	echo "$CRI" >"$state/cri"
 	[ -n "${MICROVM_TESTBED:-}" ] || [ "$(readlink /proc/self/ns/net)" != "$(readlink /proc/1/ns/net)" ] ||
 		die "pods need a network namespace of their own: run this under unshare --net"
@@ -58,7 +58,6 @@ configure_cri() {
 	# The root of a pod with a user namespace is nobody here, and must reach its files.
 	chmod 711 "$state"
 	mkdir -p "$state"/cni/{bin,conf,ipam} "$state/certs.d/_default"
-	plugins=$tools/cni
 	# The MTU is an odd one so that tests can tell that it arrives.
 	cat >"$state/cni/conf/50-pods.conflist" <<-X
 		{
@@ -102,7 +101,7 @@ configure_cri() {
 		  restrict_oom_score_adj = true
 		  netns_mounts_under_state_dir = true
 		  [plugins.'io.containerd.cri.v1.runtime'.cni]
-		    bin_dirs = ['$plugins', '$state/cni/bin']
+		    bin_dirs = ['$tools/cni', '$state/cni/bin']
 		    conf_dir = '$state/cni/conf'
 		  [plugins.'io.containerd.cri.v1.runtime'.containerd]
 		    default_runtime_name = 'runc'
@@ -175,13 +174,13 @@ start() {
 shims() { grep -lsxz -- "$state/containerd[.]sock" /proc/[0-9]*/cmdline | sed 's,/proc/\([0-9]*\)/.*,\1,'; }
 
 stop() {
-	local p ns id
+	local p ns id out
 	# A containerd that died leaves its containers running, and only containerd can end them properly.
 	if ! pid >/dev/null && [ -n "$(shims)" ]; then start; fi
 	if p=$(pid); then
 		# Pods first, as pods: that takes their networks down too.
-		[ -z "$CRI" ] || crictl -c "$state/crictl.yaml" rmp --all --force >/dev/null ||
-			echo "hack/containerd.sh: could not remove all pods" >&2
+		[ -z "$CRI" ] || out=$(crictl -c "$state/crictl.yaml" rmp --all --force 2>&1) ||
+			echo "hack/containerd.sh: could not remove all pods: $out" >&2
 		for ns in $(ctr namespaces ls -q 2>/dev/null); do
 			for id in $(ctr -n "$ns" tasks ls -q 2>/dev/null); do
 				ctr -n "$ns" tasks rm -f "$id" >/dev/null 2>&1 || echo "hack/containerd.sh: could not remove task $id" >&2
