@@ -3,12 +3,14 @@
 package cri
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -109,6 +111,65 @@ func TestCrictl(t *testing.T) {
 	line("rmp", pod)
 	if got := line("pods", "-q"); got != "" {
 		t.Errorf("pods left: %s", got)
+	}
+}
+
+// crictl inspect and inspectp say what was asked for and what is: mounts, paths, the image, a process that lives.
+func TestInspect(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	dir := t.TempDir()
+	c := p.Run(t, pods.Mount(dir, "/rw"), pods.Mount(dir, "/ro", pods.ReadOnly), func(c *cri.ContainerConfig) {
+		c.Labels = map[string]string{"part": "main"}
+	})
+	var container struct {
+		Status struct {
+			LogPath  string
+			ImageRef string
+			Labels   map[string]string
+			Mounts   []struct {
+				ContainerPath, HostPath string
+				Readonly                bool
+			}
+		}
+		Info struct {
+			Pid       int
+			SandboxID string
+		}
+	}
+	inspect := func(into any, args ...string) {
+		t.Helper()
+		out := n.MustCrictl(t, args...).Stdout
+		if err := json.Unmarshal([]byte(out), into); err != nil {
+			t.Fatalf("crictl %s: %v: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	inspect(&container, "inspect", c.ID)
+	if s := container.Status; s.LogPath != c.Log || s.Labels["part"] != "main" || s.ImageRef == "" {
+		t.Errorf("status: %+v", s)
+	}
+	readonly := map[string]bool{}
+	for _, m := range container.Status.Mounts {
+		if m.HostPath != dir {
+			t.Errorf("mount: %+v", m)
+		}
+		readonly[m.ContainerPath] = m.Readonly
+	}
+	if len(readonly) != 2 || readonly["/rw"] || !readonly["/ro"] {
+		t.Errorf("mounts: %+v", container.Status.Mounts)
+	}
+	if i := container.Info; i.SandboxID != p.ID || i.Pid <= 1 || unix.Kill(i.Pid, 0) != nil {
+		t.Errorf("info: %+v", i)
+	}
+	var pod struct {
+		Status struct {
+			RuntimeHandler string
+			Network        struct{ IP string }
+		}
+	}
+	inspect(&pod, "inspectp", p.ID)
+	if v4, _ := p.IPs(t); pod.Status.RuntimeHandler != n.Handler || pod.Status.Network.IP != v4 {
+		t.Errorf("status of the pod: %+v", pod.Status)
 	}
 }
 
