@@ -4,11 +4,14 @@ package cri
 
 import (
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -151,6 +154,49 @@ func TestHostPort(t *testing.T) {
 		if got := talk(t, "tcp", address, "hello\n"); got != "you said hello\n" {
 			t.Errorf("answer through %s: %q", address, got)
 		}
+	}
+}
+
+// A web server as it is found in the wild: many processes, a page from a volume, several clients at once, a reload.
+func TestWebServer(t *testing.T) {
+	n := pods.For(t)
+	n.Provide(t, node.Web)
+	dir := t.TempDir()
+	page := strings.Repeat("0123456789abcdef", 20000)
+	write(t, filepath.Join(dir, "page"), page)
+	p := n.Pod(t, pods.HostPort(cri.Protocol_TCP, 80, 18080))
+	c := p.Run(t, pods.Image(node.Web), pods.Mount(dir, "/usr/share/nginx/html", pods.ReadOnly))
+	listening(t, c, "tcp", 80)
+	v4, v6 := p.IPs(t)
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	get := func(host string) string {
+		r, err := client.Get("http://" + host + "/page")
+		if err != nil {
+			return err.Error()
+		}
+		defer r.Body.Close()
+		b, err := io.ReadAll(r.Body)
+		if err != nil {
+			return err.Error()
+		}
+		return string(b)
+	}
+	var wg sync.WaitGroup
+	for _, host := range []string{v4, "[" + v6 + "]", "127.0.0.1:18080", hostV4 + ":18080"} {
+		for range 3 {
+			wg.Go(func() {
+				if got := get(host); got != page {
+					t.Errorf("%s: %d bytes, want %d: %.100s", host, len(got), len(page), got)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	c.Get(t, "nginx -s reload")
+	node.Until(t, "it serves after a reload", func() bool { return get(v4) == page })
+	c.Stop(t, 60)
+	if code := c.Wait(t); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }
 

@@ -26,7 +26,8 @@ func (s hostState) add(kind, name string) { s[kind+" "+name]++ }
 func (n *Node) host() (hostState, error) {
 	s := hostState{}
 	self := os.Getpid()
-	for pid, process := range descendants(os.Getppid()) {
+	mine := descendants(os.Getppid())
+	for pid, process := range mine {
 		if pid != self {
 			s.add("process", process)
 		}
@@ -52,8 +53,8 @@ func (n *Node) host() (hostState, error) {
 			s.add("socket", f[7])
 		}
 	}
-	s.walk("cgroup", "/sys/fs/cgroup", fs.DirEntry.IsDir)
-	all := func(fs.DirEntry) bool { return true }
+	s.walk("cgroup", "/sys/fs/cgroup", func(path string, d fs.DirEntry) bool { return d.IsDir() && !foreign(path, mine) })
+	all := func(string, fs.DirEntry) bool { return true }
 	for _, dir := range []string{
 		"/run", "/dev/shm", "/var/lib/microvm",
 		"/var/lib/cni", n.path("cni"), n.path("root/io.containerd.grpc.v1.cri"), n.path("state"), n.path("shims"), n.path("fifo"), n.path("runc"), n.path("root/io.containerd.runtime.v2.task"),
@@ -97,7 +98,7 @@ func (s hostState) rules() error {
 }
 
 // walk adds the entries of a tree which may change meanwhile, without looking into other file systems mounted in it.
-func (s hostState) walk(kind, dir string, want func(fs.DirEntry) bool) {
+func (s hostState) walk(kind, dir string, want func(string, fs.DirEntry) bool) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return nil // gone since its parent was read, or never there
@@ -106,10 +107,22 @@ func (s hostState) walk(kind, dir string, want func(fs.DirEntry) bool) {
 			return fs.SkipDir // a live container's files
 		}
 		// containerd and runc make directories and cgroups of the containerd namespace's name and keep them.
-		if want(d) && path != dir && d.Name() != Namespace && d.Name() != PodNamespace {
+		if want(path, d) && path != dir && d.Name() != Namespace && d.Name() != PodNamespace {
 			s.add(kind, path)
 		}
 		return nil
+	})
+}
+
+// foreign says that a cgroup has processes and none of them is ours: others' come and go on a machine where people work.
+func foreign(cgroup string, mine map[int]string) bool {
+	pids, err := lines(filepath.Join(cgroup, "cgroup.procs"))
+	if err != nil || len(pids) == 0 {
+		return false
+	}
+	return !slices.ContainsFunc(pids, func(pid string) bool {
+		n, err := strconv.Atoi(pid)
+		return err == nil && mine[n] != ""
 	})
 }
 

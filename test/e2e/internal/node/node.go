@@ -22,11 +22,12 @@ const (
 	Namespace = "e2e"
 	// PodNamespace is that of CRI.
 	PodNamespace = "k8s.io"
-	// Busybox and Debian are the images made by hack/images; Box and Pause are for pods.
+	// Busybox and Debian are the images made by hack/images; Box, Pause and Web, which is nginx, are for pods.
 	Busybox = "docker.io/microvm/busybox:latest"
 	Debian  = "docker.io/microvm/debian:bookworm"
 	Box     = "docker.io/microvm/box:latest"
 	Pause   = "docker.io/microvm/pause:latest"
+	Web     = "docker.io/microvm/web:latest"
 )
 
 // A Node is a containerd with everything it keeps below one state folder.

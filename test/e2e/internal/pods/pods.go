@@ -73,18 +73,23 @@ func connect(t *testing.T, below *node.Node) *Node {
 // portmap plugin's tables, directories. All that is not a trace of a test.
 func (n *Node) prepare(t *testing.T) {
 	t.Helper()
-	for _, image := range []string{node.Pause, node.Box} {
-		n.Import(t, image, "overlayfs")
-		node.Until(t, "CRI knows the image "+image, func() bool {
-			r, err := n.images.ImageStatus(n.Context(t), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: image}})
-			return err == nil && r.Image != nil
-		})
-	}
+	n.Provide(t, node.Pause)
+	n.Provide(t, node.Box)
 	p := n.Pod(t, HostPort(cri.Protocol_TCP, 80, 18099), HostPort(cri.Protocol_UDP, 80, 18099))
 	p.Run(t, Command("true"))
 	p.Remove(t)
 	n.collect(t)
 	n.SetBaseline(t)
+}
+
+// Provide makes sure that CRI has an image. As with Import, no pod may exist yet in this test.
+func (n *Node) Provide(t *testing.T, image string) {
+	t.Helper()
+	n.Import(t, image, "overlayfs")
+	node.Until(t, "CRI knows the image "+image, func() bool {
+		r, err := n.images.ImageStatus(n.Context(t), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: image}})
+		return err == nil && r.Image != nil
+	})
 }
 
 // collect makes containerd collect its garbage, removed containers' snapshots, which it would do some time later: the end of
@@ -235,6 +240,14 @@ type ContainerOption func(*cri.ContainerConfig)
 // Command is what the container runs.
 func Command(args ...string) ContainerOption {
 	return func(c *cri.ContainerConfig) { c.Command = args }
+}
+
+// Image is the container's, with the command that it has.
+func Image(reference string) ContainerOption {
+	return func(c *cri.ContainerConfig) {
+		c.Image = &cri.ImageSpec{Image: reference}
+		c.Command = nil
+	}
 }
 
 // Shell is a Command of busybox's shell.
