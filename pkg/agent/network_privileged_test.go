@@ -45,8 +45,8 @@ func inNamespace(t *testing.T, test func(t *testing.T)) {
 	<-done
 }
 
-// device makes a link with a MAC address; its other end is up.
-func device(t *testing.T, name, mac string) {
+// makeDevice makes a link with a MAC address; its other end is up.
+func makeDevice(t *testing.T, name, mac string) {
 	t.Helper()
 	address, err := net.ParseMAC(mac)
 	if err != nil {
@@ -163,8 +163,8 @@ func TestNetworkOfAGuest(t *testing.T) {
 
 func testNetworkOfAGuest(t *testing.T) {
 	// The kernel has chosen the names in the other order.
-	device(t, "eth0", "02:00:00:00:00:02")
-	device(t, "eth1", "02:00:00:00:00:01")
+	makeDevice(t, "eth0", "02:00:00:00:00:02")
+	makeDevice(t, "eth1", "02:00:00:00:00:01")
 	n := newGuestNetwork(t)
 	onlink := unicast("0.0.0.0/0", "eth0", "192.168.255.1")
 	onlink.Hops[0].Onlink = true
@@ -242,7 +242,7 @@ func testNetworkOfAGuest(t *testing.T) {
 	if err := netlink.AddrAdd(eth0, own); err != nil {
 		t.Error(err)
 	}
-	device(t, "veth9", "02:00:00:00:00:03")
+	makeDevice(t, "veth9", "02:00:00:00:00:03")
 	if err := os.MkdirAll(filepath.Join(n.sys, "bus/pci/devices/0000:00:09.0/virtio7/net/veth9"), 0o755); err != nil {
 		t.Error(err)
 	}
