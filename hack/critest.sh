@@ -27,10 +27,6 @@ LEFT_OUT_OF_GUESTS='AppArmor'
 # The part that runs beside the runtime. usage: inside HANDLER SANDBOXER REPORTS GROUP; reads REPORTS/GROUP.specs
 inside() {
 	local handler=$1 sandboxer=$2 reports=$3 group=$4 state rc=0 spec focus=()
-	# In the test bed the network is the machine's own already.
-	if [ -z "${MICROVM_TESTBED:-}" ] && [ "$(readlink /proc/self/ns/net)" = "$(readlink /proc/1/ns/net)" ]; then
-		exec unshare --net -- "$SCRIPT" inside "$@"
-	fi
 	state=$(mktemp -d /var/tmp/critest.XXXX)
 	# shellcheck disable=SC2064 # the folder is known now
 	trap "hack/containerd.sh wipe $state" EXIT
@@ -87,7 +83,8 @@ fi
 specs() {
 	local run=(hack/testbed/run --timeout "$LIMIT" --out "$reports" --)
 	[ "$handler" != runc ] || run=()
-	"${run[@]}" "$SCRIPT" inside "$handler" "$sandboxer" "$reports" "$1"
+	# The bridge and its addresses are in a network namespace that goes away with the run.
+	"${run[@]}" unshare --net -- "$SCRIPT" inside "$handler" "$sandboxer" "$reports" "$1"
 }
 for file in "$reports"/*.specs; do
 	group=$(basename "$file" .specs)
