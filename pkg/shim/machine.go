@@ -123,6 +123,12 @@ func openKVM() (*os.File, error) {
 	case err != nil:
 		return nil, err
 	}
+	// KVM_MINOR of include/linux/miscdevice.h, below MISC_MAJOR.
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != unix.Mkdev(10, 232) {
+		f.Close()
+		return nil, fmt.Errorf("%s is not KVM's device, which is the character device 10:232: make it again by loading the module kvm, or with mknod", device)
+	}
 	return f, nil
 }
 

@@ -34,7 +34,7 @@ func TestNoKVM(t *testing.T) {
 
 func TestKVMIsAnotherDevice(t *testing.T) {
 	n := withoutKVM(t, "mount --bind /dev/null /dev/kvm")
-	n.Run(t, nil, "true").WantError(t, "kvm")
+	n.Run(t, nil, "true").WantError(t, "/dev/kvm", "not KVM's device")
 }
 
 // Root without the right to the device: as in a container whose device rules leave KVM out.
