@@ -128,6 +128,17 @@ func (m *Machine) createVCPU(id int, cpuid []kvm.CPUIDEntry, entry memory.GuestA
 	if err := k.SetRegs(boot.EntryRegs(entry, bootParamsAddr)); err != nil {
 		return nil, err
 	}
+	// KVM finds the receiver of an IPI in a map that it makes anew when an APIC
+	// changes. KVM_CREATE_VCPU does that before the new vCPU counts
+	// (arch/x86/kvm/lapic.c, kvm_recalculate_apic_map): in a guest that runs, the
+	// start-up IPI would not find it.
+	lapic, err := k.GetLAPIC()
+	if err != nil {
+		return nil, err
+	}
+	if err := k.SetLAPIC(lapic); err != nil {
+		return nil, err
+	}
 	return v, nil
 }
 

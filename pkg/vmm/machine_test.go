@@ -311,9 +311,27 @@ func TestStopBeforeRun(t *testing.T) {
 }
 
 // TestStartVCPUs adds vCPUs to a machine that runs, that is paused and that has
-// ended. That the guest can start them is for a guest with a kernel to see.
+// ended. The guest starts the second one after it has been made.
 func TestStartVCPUs(t *testing.T) {
-	c := tinyConfig(t, tinySpin)
+	const (
+		flag     = 0x30010 // the guest may send its IPIs
+		counter2 = 0x30008 // where the second processor counts
+		vector   = 8       // the page that it starts at
+		icrHigh  = localAPICAddr + 0x310
+		icrLow   = localAPICAddr + 0x300
+	)
+	// mov ax, 0x3000; mov ds, ax; inc word [8]; jmp to the inc
+	second := append([]byte{0xb8, 0x00, 0x30, 0x8e, 0xd8, 0xff, 0x06, 0x08, 0x00, 0xeb, 0xfa}, make([]byte, 5)...)
+	c := tinyConfig(t,
+		mapPCI(),
+		store64(0x31000+(localAPICAddr>>21&511)*8, localAPICAddr|present|writable|large),
+		store64(vector<<12, binary.LittleEndian.Uint64(second)),
+		store64(vector<<12+8, binary.LittleEndian.Uint64(second[8:])),
+		binary.LittleEndian.AppendUint64([]byte{0x48, 0xbf}, flag), // mov rdi, flag
+		[]byte{0x83, 0x3f, 0x00, 0x74, 0xfb},                       // cmp dword [rdi], 0; je to the cmp
+		store32(icrHigh, 1<<24), store32(icrLow, 0x4500),           // INIT
+		store32(icrHigh, 1<<24), store32(icrLow, 0x4600|vector), // SIPI
+		tinySpin)
 	c.MaxVCPUs = 4
 	m := start(t, c)
 	vcpus := func() (threads int) {
@@ -332,7 +350,18 @@ func TestStartVCPUs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	waitFor(t, "the second vCPU", func() bool { return vcpus() == 2 })
+	words, err := m.memory.Slice(0x30000, 0x20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	words[flag&0xfff] = 1
+	moves := func() bool {
+		before := binary.LittleEndian.Uint16(words[counter2&0xfff:])
+		time.Sleep(time.Millisecond)
+		return binary.LittleEndian.Uint16(words[counter2&0xfff:]) != before
+	}
+	waitFor(t, "the second processor", moves)
+
 	if err := m.Pause(); err != nil {
 		t.Fatal(err)
 	}
@@ -340,17 +369,18 @@ func TestStartVCPUs(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, "vCPUs that begin paused", func() bool { return vcpus() == 4 })
-	before := counter(t, m)
 	if err := m.Pause(); err != nil { // with the new ones
 		t.Fatal(err)
 	}
-	if counter(t, m) != before {
-		t.Error("the guest ran while it was paused")
+	for range 3 {
+		if moves() {
+			t.Error("the second processor runs while it is paused")
+		}
 	}
 	if err := m.Resume(); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "the guest after Resume", func() bool { return counter(t, m) != before })
+	waitFor(t, "the second processor after Resume", moves)
 	if err := m.StartVCPUs(5); err == nil {
 		t.Error("more vCPUs than the machine can have")
 	}
