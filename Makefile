@@ -61,10 +61,10 @@ proto: ## generate the Go code of the agent's protocol
 guest: build kernel image # what a virtual machine consists of
 
 .PHONY: test
-test: lint unit e2e-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
+test: lint unit e2e-ci e2e-cri-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
 
 .PHONY: test-all
-test-all: lint unit privileged test-agent test-guest e2e ## every test there is: hours in the test bed
+test-all: lint unit privileged test-agent test-guest e2e e2e-cri ## every test there is: hours in the test bed
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck, shellcheck
@@ -113,6 +113,10 @@ E2E_CI := ^Test(OwnKernel|ExitCodes|KillExec|ExecOfNoContainer|Events|OutOfMemor
 .PHONY: e2e-ci
 e2e-ci: guest tools images
 	E2E_RUNTIME=$(E2E_RUNTIME) hack/e2e.sh '$(E2E_CI)'
+
+.PHONY: e2e-cri-ci
+e2e-cri-ci: guest pod-tools
+	hack/e2e.sh '^Test(PodLifecycle|SeveralContainers|PortForward|PodToPod)$$' cri
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (10s)
