@@ -84,7 +84,7 @@ test-agent: kernel ## the agent's tests, as the first process of a machine under
 
 .PHONY: test-guest
 test-guest: guest fsconformance ## tests of the VMM that boot the guest kernel, where KVM can
-	CGO_ENABLED=0 go test -v -count=1 -p 1 -tags guestkernel -run '$(RUN)' -timeout 20m -exec '$(TESTBED) --timeout 1200 --' ./pkg/vmm ./pkg/vmm/virtio/fs ./pkg/vmm/virtio/net
+	CGO_ENABLED=0 go test -v -count=1 -p 1 -tags guestkernel -run '$(RUN)' -timeout 20m -exec '$(TESTBED) --timeout 1200 --' ./pkg/vmm ./pkg/vmm/virtio/{fs,net,vsock}
 
 .PHONY: e2e
 e2e: guest tools images fsconformance ## black-box tests with containerd and ctr, where KVM can boot the guest kernel

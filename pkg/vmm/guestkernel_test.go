@@ -22,6 +22,7 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/rng"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiotest"
 )
 
 // The tests of this file boot the real guest kernel, so they run where KVM can:
@@ -148,50 +149,6 @@ var guestActions = map[string]func(say func(string, ...any)){
 	},
 }
 
-// newcEntry appends a file to a cpio archive: the kernel's
-// Documentation/driver-api/early-userspace/buffer-format.rst.
-func newcEntry(w *bytes.Buffer, name string, mode, major, minor uint32, body []byte) {
-	fmt.Fprintf(w, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", 0, mode, 0, 0, 1, 0, len(body), 0, 0, major, minor, len(name)+1, 0)
-	pad := func() {
-		for w.Len()%4 != 0 {
-			w.WriteByte(0)
-		}
-	}
-	w.WriteString(name + "\x00")
-	pad()
-	w.Write(body)
-	pad()
-}
-
-func guestInitrd(t *testing.T) *os.File {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	program, err := os.ReadFile(self)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var archive bytes.Buffer
-	for _, dir := range []string{"dev", "proc", "sys"} {
-		newcEntry(&archive, dir, unix.S_IFDIR|0o755, 0, 0, nil)
-	}
-	// Go's runtime opens /dev/null when there is no console.
-	newcEntry(&archive, "dev/null", unix.S_IFCHR|0o666, 1, 3, nil)
-	newcEntry(&archive, "init", unix.S_IFREG|0o755, 0, 0, program)
-	newcEntry(&archive, "TRAILER!!!", 0, 0, 0, nil)
-	file, err := os.Create(filepath.Join(t.TempDir(), "initrd"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { file.Close() })
-	if _, err := file.Write(archive.Bytes()); err != nil {
-		t.Fatal(err)
-	}
-	return file
-}
-
 // consoleBuffer collects the debug console.
 type consoleBuffer struct {
 	t  *testing.T
@@ -232,7 +189,7 @@ func guestKernel(t testing.TB) *os.File {
 func guestConfig(t *testing.T, action, more string) (Config, *consoleBuffer) {
 	console := &consoleBuffer{t: t}
 	return Config{
-		KVM: openKVM(t), Kernel: guestKernel(t), Initrd: guestInitrd(t),
+		KVM: openKVM(t), Kernel: guestKernel(t), Initrd: virtiotest.Initrd(t),
 		// Alerts alone, as every character is two exits. For more when a test fails
 		// there is MICROVM_TEST_APPEND, for example "loglevel=8".
 		CommandLine:  "earlyprintk=ttyS0 console=ttyS0 loglevel=2 panic=-1 guest.do=" + action + " " + more + " " + os.Getenv("MICROVM_TEST_APPEND"),

@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -23,6 +22,7 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/vmm"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/console"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiotest"
 )
 
 // The tests of this file boot the real guest kernel, whose vsock driver is the
@@ -119,43 +119,6 @@ func guestInit() {
 	select {}
 }
 
-// initrd is a cpio archive with this program as /init: the kernel's
-// Documentation/driver-api/early-userspace/buffer-format.rst.
-func initrd(t *testing.T) *os.File {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	program, err := os.ReadFile(self)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var w bytes.Buffer
-	pad := func() { w.Write(make([]byte, -w.Len()&3)) }
-	entry := func(name string, mode, major, minor uint32, body []byte) {
-		fmt.Fprintf(&w, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", 0, mode, 0, 0, 1, 0, len(body), 0, 0, major, minor, len(name)+1, 0)
-		w.WriteString(name + "\x00")
-		pad()
-		w.Write(body)
-		pad()
-	}
-	entry("dev", unix.S_IFDIR|0o755, 0, 0, nil)
-	entry("dev/null", unix.S_IFCHR|0o666, 1, 3, nil) // Go's runtime opens it
-	entry("dev/console", unix.S_IFCHR|0o600, 5, 1, nil)
-	entry("init", unix.S_IFREG|0o755, 0, 0, program)
-	entry("TRAILER!!!", 0, 0, 0, nil)
-	file, err := os.Create(filepath.Join(t.TempDir(), "initrd"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { file.Close() })
-	if _, err := file.Write(w.Bytes()); err != nil {
-		t.Fatal(err)
-	}
-	return file
-}
-
 // bootLinux runs a guest until the test ends, and returns what it reported.
 func bootLinux(t *testing.T) (d *Device, report string) {
 	t.Helper()
@@ -180,7 +143,7 @@ func bootLinux(t *testing.T) (d *Device, report string) {
 		return accept(port)
 	}})
 	m, err := vmm.New(vmm.Config{
-		KVM: open("/dev/kvm", os.O_RDWR), Kernel: open(kernel, os.O_RDONLY), Initrd: initrd(t),
+		KVM: open("/dev/kvm", os.O_RDWR), Kernel: open(kernel, os.O_RDONLY), Initrd: virtiotest.Initrd(t),
 		CommandLine: "earlyprintk=ttyS0 console=hvc0 panic=-1", MemoryBytes: 512 << 20, VCPUs: 2,
 		Devices: []virtio.Device{console.New(os.Stderr), d}, DebugConsole: os.Stderr, Log: log, Phase: func(string) {},
 	})
