@@ -174,7 +174,7 @@ func (a *Agent) ConfigureSandbox(_ context.Context, r *agentproto.ConfigureSandb
 		}
 	}
 	if tag := r.GetSharedTag(); tag != "" {
-		dir, err := makeDir(a.config.Root, sharedDir)
+		dir, err := makeDir(a.config.Root, sharedDir, 0o711)
 		if err != nil {
 			return nil, err
 		}

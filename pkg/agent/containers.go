@@ -99,6 +99,9 @@ func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContain
 	if err := a.joinNamespaces(spec, r.GetPidNamespace()); err != nil {
 		return nil, err
 	}
+	if err := useBlockDevices("/sys", spec, r.GetBlockDevices()); err != nil {
+		return nil, fmt.Errorf("block device: %w", err)
+	}
 	if r.GetAllDevices() {
 		if err := addDevices(spec, "/dev"); err != nil {
 			return nil, err
@@ -261,6 +264,14 @@ func (a *Agent) DeleteProcess(ctx context.Context, r *agentproto.ProcessRequest)
 	a.mu.Lock()
 	delete(a.containers, c.id)
 	a.mu.Unlock()
+	return &emptypb.Empty{}, nil
+}
+
+// RemoveDevice has the kernel let go of a virtio device.
+func (a *Agent) RemoveDevice(_ context.Context, r *agentproto.RemoveDeviceRequest) (*emptypb.Empty, error) {
+	if err := removeDevice("/sys", "/dev", r.GetPciAddress(), releaseTimeout); err != nil {
+		return nil, err
+	}
 	return &emptypb.Empty{}, nil
 }
 

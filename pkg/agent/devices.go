@@ -10,6 +10,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/agentproto"
 )
 
 // notDevices are what a container has of its own below /dev.
@@ -59,4 +61,50 @@ func device(path string, mode fs.FileMode, stat *syscall.Stat_t) specs.LinuxDevi
 	permissions := mode.Perm()
 	d.FileMode = &permissions
 	return d
+}
+
+// useBlockDevices replaces the numbers of the host's block devices in a
+// specification by those that the virtio devices have here.
+func useBlockDevices(sys string, spec *specs.Spec, devices []*agentproto.BlockDevice) error {
+	here := make(map[[2]int64][2]int64)
+	for _, d := range devices {
+		name, err := awaitDevice(sys, d.PciAddress, "block", blockPaths, deviceTimeout)
+		if err != nil {
+			return err
+		}
+		if here[[2]int64{d.Major, d.Minor}], err = blockNumber(sys, name); err != nil {
+			return err
+		}
+	}
+	for i := range spec.Linux.Devices {
+		d := &spec.Linux.Devices[i]
+		if n, ok := here[[2]int64{d.Major, d.Minor}]; ok && d.Type == "b" {
+			d.Major, d.Minor = n[0], n[1]
+		}
+	}
+	if spec.Linux.Resources == nil {
+		return nil
+	}
+	for i := range spec.Linux.Resources.Devices {
+		rule := &spec.Linux.Resources.Devices[i]
+		if rule.Type != "b" || rule.Major == nil || rule.Minor == nil {
+			continue
+		}
+		if n, ok := here[[2]int64{*rule.Major, *rule.Minor}]; ok {
+			rule.Major, rule.Minor = &n[0], &n[1]
+		}
+	}
+	return nil
+}
+
+// blockNumber is the device number of a block device, as sysfs has it.
+func blockNumber(sys, name string) (n [2]int64, err error) {
+	data, err := os.ReadFile(filepath.Join(sys, "class/block", name, "dev"))
+	if err != nil {
+		return n, fmt.Errorf("number of the device %s: %w", name, err)
+	}
+	if _, err := fmt.Sscanf(string(data), "%d:%d", &n[0], &n[1]); err != nil {
+		return n, fmt.Errorf("number of the device %s: %q: %w", name, data, err)
+	}
+	return n, nil
 }

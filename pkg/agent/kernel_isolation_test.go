@@ -171,7 +171,7 @@ func TestStorage(t *testing.T) {
 	p, ids := s.newProcess("c", "", false)
 	if _, err := s.client.CreateContainer(background, &agentproto.CreateContainerRequest{
 		Id: "c", Spec: data, Streams: ids,
-		Storages: []*agentproto.Storage{{PciAddress: address, Fstype: "ext4", Options: []string{"noatime", "errors=remount-ro"}, Mountpoint: mountpoint}},
+		Storages: []*agentproto.Storage{{PciAddresses: []string{address}, Fstype: "ext4", Options: []string{"noatime", "errors=remount-ro"}, Mountpoint: mountpoint}},
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -185,10 +185,10 @@ func TestStorage(t *testing.T) {
 	}
 
 	for want, storage := range map[string]*agentproto.Storage{
-		"0000:00:1f.7":     {PciAddress: "0000:00:1f.7", Fstype: "ext4", Mountpoint: mountpoint},
-		"invalid":          {PciAddress: "../../x", Fstype: "ext4", Mountpoint: mountpoint},
-		"is not below":     {PciAddress: address, Fstype: "ext4", Mountpoint: "/etc"},
-		"invalid argument": {PciAddress: address, Fstype: "xfs", Mountpoint: mountpoint},
+		"0000:00:1f.7":     {PciAddresses: []string{"0000:00:1f.7"}, Fstype: "ext4", Mountpoint: mountpoint},
+		"invalid":          {PciAddresses: []string{"../../x"}, Fstype: "ext4", Mountpoint: mountpoint},
+		"is not below":     {PciAddresses: []string{address}, Fstype: "ext4", Mountpoint: "/etc"},
+		"invalid argument": {PciAddresses: []string{address}, Fstype: "xfs", Mountpoint: mountpoint},
 	} {
 		_, ids := s.newProcess("d", "", false)
 		if _, err := s.client.CreateContainer(background, &agentproto.CreateContainerRequest{

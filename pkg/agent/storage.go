@@ -22,6 +22,9 @@ const (
 	// to appear.
 	deviceTimeout = 5 * time.Second
 	devicePoll    = 2 * time.Millisecond
+	// releaseTimeout is how long a file system that was unmounted, but that some
+	// namespace was still in, may keep its disk.
+	releaseTimeout = 5 * time.Second
 )
 
 // pciAddress is domain:bus:device.function as sysfs names PCI functions.
@@ -45,7 +48,7 @@ func mountStorages(sys, root string, storages []*agentproto.Storage) (mountpoint
 	}()
 	for _, s := range storages {
 		if err := mountStorage(sys, root, s); err != nil {
-			return mountpoints, fmt.Errorf("mount the device %s at %s: %w", s.PciAddress, s.Mountpoint, err)
+			return mountpoints, fmt.Errorf("mount %s %s at %s: %w", s.Fstype, strings.Join(s.PciAddresses, ", "), s.Mountpoint, err)
 		}
 		mountpoints = append(mountpoints, s.Mountpoint)
 	}
@@ -53,21 +56,48 @@ func mountStorages(sys, root string, storages []*agentproto.Storage) (mountpoint
 }
 
 func mountStorage(sys, root string, s *agentproto.Storage) error {
-	rel, err := filepath.Rel(root, s.Mountpoint)
-	if err != nil || rel == "." || !filepath.IsLocal(rel) {
-		return fmt.Errorf("mount point is not below %s: %w", root, errdefs.ErrInvalidArgument)
+	for _, d := range s.Directories {
+		dir, err := makeBelow(root, d.Path, d.Mode)
+		if err != nil {
+			return err
+		}
+		dir.Close()
 	}
-	name, err := awaitDevice(sys, s.PciAddress, "block", blockPaths, deviceTimeout)
+	source, options, err := storageSource(sys, s)
 	if err != nil {
 		return err
 	}
-	dir, err := makeDir(root, rel)
+	dir, err := makeBelow(root, s.Mountpoint, 0o711)
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	flags, data := mountOptions(s.Options)
-	return mountAt(filepath.Join("/dev", name), dir, s.Fstype, flags, data)
+	flags, data := mountOptions(options)
+	return mountAt(source, dir, s.Fstype, flags, data)
+}
+
+// storageSource is what to mount: the first device, with the others as options,
+// or nothing but a name where there is none.
+func storageSource(sys string, s *agentproto.Storage) (source string, options []string, err error) {
+	if len(s.PciAddresses) == 0 {
+		if s.Fstype != "overlay" {
+			return "", nil, fmt.Errorf("a file system of the type %q needs a device: %w", s.Fstype, errdefs.ErrInvalidArgument)
+		}
+		return s.Fstype, s.Options, nil
+	}
+	options = slices.Clone(s.Options)
+	for i, address := range s.PciAddresses {
+		name, err := awaitDevice(sys, address, "block", blockPaths, deviceTimeout)
+		if err != nil {
+			return "", nil, err
+		}
+		if i == 0 {
+			source = filepath.Join("/dev", name)
+		} else {
+			options = append(options, "device="+filepath.Join("/dev", name))
+		}
+	}
+	return source, options, nil
 }
 
 // mountAt mounts on a directory that was opened before, wherever its path may
@@ -81,11 +111,15 @@ func mountAt(source string, dir *os.File, fstype string, flags uintptr, data str
 }
 
 // unmountStorages unmounts in the opposite order. What is still in use is
-// unmounted when it no longer is.
+// unmounted when it no longer is; all that was written by now is on the devices.
 func unmountStorages(mountpoints []string) error {
 	var errs []error
 	for _, m := range slices.Backward(mountpoints) {
-		err := unix.Unmount(m, unix.UMOUNT_NOFOLLOW)
+		err := syncFS(m)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("sync %s: %w", m, err))
+		}
+		err = unix.Unmount(m, unix.UMOUNT_NOFOLLOW)
 		if errors.Is(err, unix.EBUSY) {
 			err = unix.Unmount(m, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
 		}
@@ -94,6 +128,64 @@ func unmountStorages(mountpoints []string) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// syncFS writes the file system that is mounted at path back.
+func syncFS(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Syncfs(fd)
+}
+
+// removeDevice has the kernel let go of a virtio function. One that it does not
+// know is no error.
+func removeDevice(sys, dev, address string, timeout time.Duration) error {
+	if !pciAddress.MatchString(address) {
+		return fmt.Errorf("invalid PCI address %q: %w", address, errdefs.ErrInvalidArgument)
+	}
+	function := filepath.Join(sys, "bus/pci/devices", address)
+	var errs []error
+	for _, path := range blockPaths {
+		found, err := filepath.Glob(filepath.Join(function, path))
+		if err != nil {
+			return err
+		}
+		for _, disk := range found {
+			if err := releaseDisk(filepath.Join(dev, filepath.Base(disk)), timeout); err != nil {
+				errs = append(errs, fmt.Errorf("device %s: %w", address, err))
+			}
+		}
+	}
+	err := os.WriteFile(filepath.Join(function, "remove"), []byte("1"), 0)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		errs = append(errs, fmt.Errorf("remove %s from the bus: %w", address, err))
+	}
+	return errors.Join(errs...)
+}
+
+// releaseDisk waits until no file system is on a disk any more, and for what was
+// written to it. O_EXCL is what a mounted file system has its device opened with
+// (block/bdev.c, bd_may_claim).
+func releaseDisk(path string, timeout time.Duration) error {
+	var fd int
+	for deadline := time.Now().Add(timeout); ; time.Sleep(devicePoll) {
+		var err error
+		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return &os.PathError{Op: "claim", Path: path, Err: err}
+		}
+	}
+	defer unix.Close(fd)
+	if err := unix.Fsync(fd); err != nil {
+		return &os.PathError{Op: "sync", Path: path, Err: err}
+	}
+	return nil
 }
 
 // unmountBelow unmounts what the kernel has mounted by itself below dir: where
@@ -147,15 +239,33 @@ func awaitDevice(sys, address, kind string, paths []string, timeout time.Duratio
 	}
 }
 
-// makeDir makes the directory rel below root and opens it. It follows no
-// symbolic link: on the way there may be a file system that a container writes.
-func makeDir(root, rel string) (*os.File, error) {
+// makeBelow is makeDir for an absolute path, which has to be below root.
+func makeBelow(root, path string, mode uint32) (*os.File, error) {
+	rel, err := filepath.Rel(root, path)
+	if err != nil || rel == "." || !filepath.IsLocal(rel) {
+		return nil, fmt.Errorf("%s is not below %s: %w", path, root, errdefs.ErrInvalidArgument)
+	}
+	return makeDir(root, rel, mode)
+}
+
+// makeDir makes the directory rel below root and opens it; mode is for the last
+// element of its path. It follows no symbolic link: on the way there may be a
+// file system that a container writes.
+func makeDir(root, rel string, mode uint32) (*os.File, error) {
 	fd, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: root, Err: err}
 	}
-	for name := range strings.SplitSeq(filepath.Clean(rel), "/") {
-		err := unix.Mkdirat(fd, name, 0o711)
+	names := strings.Split(filepath.Clean(rel), "/")
+	for i, name := range names {
+		m := uint32(0o711)
+		if i == len(names)-1 {
+			m = mode & 0o7777
+		}
+		err := unix.Mkdirat(fd, name, m)
+		if err == nil {
+			err = unix.Fchmodat(fd, name, m, 0) // whatever the umask is
+		}
 		if err != nil && !errors.Is(err, unix.EEXIST) {
 			unix.Close(fd)
 			return nil, &os.PathError{Op: "mkdir", Path: filepath.Join(root, rel), Err: err}

@@ -341,8 +341,10 @@ type CreateContainerRequest struct {
 	// sandbox and everything of the host's is taken out.
 	Spec    []byte   `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	Streams *Streams `protobuf:"bytes,3,opt,name=streams,proto3" json:"streams,omitempty"`
-	// File systems on virtio devices to mount before the container is made.
+	// File systems to mount before the container is made, in order.
 	Storages []*Storage `protobuf:"bytes,4,rep,name=storages,proto3" json:"storages,omitempty"`
+	// What the block devices of the host that spec names are in the guest.
+	BlockDevices []*BlockDevice `protobuf:"bytes,12,rep,name=block_devices,json=blockDevices,proto3" json:"block_devices,omitempty"`
 	// Whose pid namespace the container is in. Not set: one of its own.
 	PidNamespace *PIDNamespace `protobuf:"bytes,10,opt,name=pid_namespace,json=pidNamespace,proto3" json:"pid_namespace,omitempty"`
 	// The container gets all devices of the guest, as a privileged one does.
@@ -409,6 +411,13 @@ func (x *CreateContainerRequest) GetStorages() []*Storage {
 	return nil
 }
 
+func (x *CreateContainerRequest) GetBlockDevices() []*BlockDevice {
+	if x != nil {
+		return x.BlockDevices
+	}
+	return nil
+}
+
 func (x *CreateContainerRequest) GetPidNamespace() *PIDNamespace {
 	if x != nil {
 		return x.PidNamespace
@@ -470,16 +479,20 @@ func (x *PIDNamespace) GetContainerId() string {
 }
 
 // Storage is a file system that the agent mounts for a container and unmounts
-// when the container is deleted.
+// when the container is deleted. All paths are below /run/microvm.
 type Storage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// A virtio device of the guest, by PCI address (0000:00:05.0).
-	PciAddress string `protobuf:"bytes,1,opt,name=pci_address,json=pciAddress,proto3" json:"pci_address,omitempty"`
+	// Virtio devices of the guest, by PCI address (0000:00:05.0). The first is the
+	// source of the mount, further ones are options device=/dev/NAME: the blobs of
+	// an EROFS image. None: the file system needs none, as an overlay does.
+	PciAddresses []string `protobuf:"bytes,1,rep,name=pci_addresses,json=pciAddresses,proto3" json:"pci_addresses,omitempty"`
 	// Type and options of mount(2).
 	Fstype  string   `protobuf:"bytes,2,opt,name=fstype,proto3" json:"fstype,omitempty"`
 	Options []string `protobuf:"bytes,3,rep,name=options,proto3" json:"options,omitempty"`
-	// Where in the guest, below /run/microvm.
-	Mountpoint    string `protobuf:"bytes,4,opt,name=mountpoint,proto3" json:"mountpoint,omitempty"`
+	// Where in the guest.
+	Mountpoint string `protobuf:"bytes,4,opt,name=mountpoint,proto3" json:"mountpoint,omitempty"`
+	// Made before, if they are not there: those of an overlay.
+	Directories   []*Directory `protobuf:"bytes,5,rep,name=directories,proto3" json:"directories,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -514,11 +527,11 @@ func (*Storage) Descriptor() ([]byte, []int) {
 	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
-func (x *Storage) GetPciAddress() string {
+func (x *Storage) GetPciAddresses() []string {
 	if x != nil {
-		return x.PciAddress
+		return x.PciAddresses
 	}
-	return ""
+	return nil
 }
 
 func (x *Storage) GetFstype() string {
@@ -542,6 +555,171 @@ func (x *Storage) GetMountpoint() string {
 	return ""
 }
 
+func (x *Storage) GetDirectories() []*Directory {
+	if x != nil {
+		return x.Directories
+	}
+	return nil
+}
+
+type Directory struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Mode          uint32                 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Directory) Reset() {
+	*x = Directory{}
+	mi := &file_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Directory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Directory) ProtoMessage() {}
+
+func (x *Directory) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Directory.ProtoReflect.Descriptor instead.
+func (*Directory) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Directory) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Directory) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+// BlockDevice is a block device of the host, as the numbers in a specification,
+// and the virtio device that it is in the guest.
+type BlockDevice struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Major         int64                  `protobuf:"varint,1,opt,name=major,proto3" json:"major,omitempty"`
+	Minor         int64                  `protobuf:"varint,2,opt,name=minor,proto3" json:"minor,omitempty"`
+	PciAddress    string                 `protobuf:"bytes,3,opt,name=pci_address,json=pciAddress,proto3" json:"pci_address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlockDevice) Reset() {
+	*x = BlockDevice{}
+	mi := &file_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlockDevice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlockDevice) ProtoMessage() {}
+
+func (x *BlockDevice) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlockDevice.ProtoReflect.Descriptor instead.
+func (*BlockDevice) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *BlockDevice) GetMajor() int64 {
+	if x != nil {
+		return x.Major
+	}
+	return 0
+}
+
+func (x *BlockDevice) GetMinor() int64 {
+	if x != nil {
+		return x.Minor
+	}
+	return 0
+}
+
+func (x *BlockDevice) GetPciAddress() string {
+	if x != nil {
+		return x.PciAddress
+	}
+	return ""
+}
+
+type RemoveDeviceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PciAddress    string                 `protobuf:"bytes,1,opt,name=pci_address,json=pciAddress,proto3" json:"pci_address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveDeviceRequest) Reset() {
+	*x = RemoveDeviceRequest{}
+	mi := &file_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveDeviceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveDeviceRequest) ProtoMessage() {}
+
+func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
+func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RemoveDeviceRequest) GetPciAddress() string {
+	if x != nil {
+		return x.PciAddress
+	}
+	return ""
+}
+
 type CreateProcessResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Process id in the guest's initial pid namespace.
@@ -552,7 +730,7 @@ type CreateProcessResponse struct {
 
 func (x *CreateProcessResponse) Reset() {
 	*x = CreateProcessResponse{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -564,7 +742,7 @@ func (x *CreateProcessResponse) String() string {
 func (*CreateProcessResponse) ProtoMessage() {}
 
 func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -577,7 +755,7 @@ func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProcessResponse.ProtoReflect.Descriptor instead.
 func (*CreateProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateProcessResponse) GetPid() uint32 {
@@ -600,7 +778,7 @@ type CreateExecRequest struct {
 
 func (x *CreateExecRequest) Reset() {
 	*x = CreateExecRequest{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -612,7 +790,7 @@ func (x *CreateExecRequest) String() string {
 func (*CreateExecRequest) ProtoMessage() {}
 
 func (x *CreateExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -625,7 +803,7 @@ func (x *CreateExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateExecRequest.ProtoReflect.Descriptor instead.
 func (*CreateExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateExecRequest) GetContainerId() string {
@@ -667,7 +845,7 @@ type ProcessRequest struct {
 
 func (x *ProcessRequest) Reset() {
 	*x = ProcessRequest{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -679,7 +857,7 @@ func (x *ProcessRequest) String() string {
 func (*ProcessRequest) ProtoMessage() {}
 
 func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -692,7 +870,7 @@ func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRequest.ProtoReflect.Descriptor instead.
 func (*ProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ProcessRequest) GetContainerId() string {
@@ -718,7 +896,7 @@ type StartProcessResponse struct {
 
 func (x *StartProcessResponse) Reset() {
 	*x = StartProcessResponse{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +908,7 @@ func (x *StartProcessResponse) String() string {
 func (*StartProcessResponse) ProtoMessage() {}
 
 func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +921,7 @@ func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProcessResponse.ProtoReflect.Descriptor instead.
 func (*StartProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StartProcessResponse) GetPid() uint32 {
@@ -764,7 +942,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -776,7 +954,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -789,7 +967,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WaitProcessResponse) GetExitStatus() uint32 {
@@ -819,7 +997,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -831,7 +1009,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -844,7 +1022,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignalProcessRequest) GetContainerId() string {
@@ -887,7 +1065,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -899,7 +1077,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -912,7 +1090,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ResizePtyRequest) GetContainerId() string {
@@ -952,7 +1130,7 @@ type ContainerRequest struct {
 
 func (x *ContainerRequest) Reset() {
 	*x = ContainerRequest{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1142,7 @@ func (x *ContainerRequest) String() string {
 func (*ContainerRequest) ProtoMessage() {}
 
 func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1155,7 @@ func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerRequest.ProtoReflect.Descriptor instead.
 func (*ContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ContainerRequest) GetContainerId() string {
@@ -996,7 +1174,7 @@ type ListProcessesResponse struct {
 
 func (x *ListProcessesResponse) Reset() {
 	*x = ListProcessesResponse{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1008,7 +1186,7 @@ func (x *ListProcessesResponse) String() string {
 func (*ListProcessesResponse) ProtoMessage() {}
 
 func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1021,7 +1199,7 @@ func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListProcessesResponse) GetProcesses() []*ProcessEntry {
@@ -1042,7 +1220,7 @@ type ProcessEntry struct {
 
 func (x *ProcessEntry) Reset() {
 	*x = ProcessEntry{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1232,7 @@ func (x *ProcessEntry) String() string {
 func (*ProcessEntry) ProtoMessage() {}
 
 func (x *ProcessEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1245,7 @@ func (x *ProcessEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessEntry.ProtoReflect.Descriptor instead.
 func (*ProcessEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ProcessEntry) GetPid() uint32 {
@@ -1095,7 +1273,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1285,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1298,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *UpdateContainerRequest) GetContainerId() string {
@@ -1147,7 +1325,7 @@ type ContainerStatsResponse struct {
 
 func (x *ContainerStatsResponse) Reset() {
 	*x = ContainerStatsResponse{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1337,7 @@ func (x *ContainerStatsResponse) String() string {
 func (*ContainerStatsResponse) ProtoMessage() {}
 
 func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1350,7 @@ func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatsResponse.ProtoReflect.Descriptor instead.
 func (*ContainerStatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ContainerStatsResponse) GetMetrics() *anypb.Any {
@@ -1190,7 +1368,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1380,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1393,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 type Event struct {
@@ -1231,7 +1409,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1243,7 +1421,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1256,7 +1434,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Event) GetTimestamp() *timestamppb.Timestamp {
@@ -1304,7 +1482,7 @@ type OOMKill struct {
 
 func (x *OOMKill) Reset() {
 	*x = OOMKill{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1494,7 @@ func (x *OOMKill) String() string {
 func (*OOMKill) ProtoMessage() {}
 
 func (x *OOMKill) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1507,7 @@ func (x *OOMKill) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OOMKill.ProtoReflect.Descriptor instead.
 func (*OOMKill) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *OOMKill) GetContainerId() string {
@@ -1353,7 +1531,7 @@ type Network struct {
 
 func (x *Network) Reset() {
 	*x = Network{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1543,7 @@ func (x *Network) String() string {
 func (*Network) ProtoMessage() {}
 
 func (x *Network) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1556,7 @@ func (x *Network) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Network.ProtoReflect.Descriptor instead.
 func (*Network) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Network) GetInterfaces() []*Interface {
@@ -1421,7 +1599,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1611,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1624,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Interface) GetPciAddress() string {
@@ -1514,7 +1692,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1526,7 +1704,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1539,7 +1717,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Address) GetPrefix() string {
@@ -1592,7 +1770,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1604,7 +1782,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1617,7 +1795,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Route) GetDestination() string {
@@ -1697,7 +1875,7 @@ type NextHop struct {
 
 func (x *NextHop) Reset() {
 	*x = NextHop{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1887,7 @@ func (x *NextHop) String() string {
 func (*NextHop) ProtoMessage() {}
 
 func (x *NextHop) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1900,7 @@ func (x *NextHop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
 func (*NextHop) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NextHop) GetInterface() string {
@@ -1765,7 +1943,7 @@ type Neighbour struct {
 
 func (x *Neighbour) Reset() {
 	*x = Neighbour{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1777,7 +1955,7 @@ func (x *Neighbour) String() string {
 func (*Neighbour) ProtoMessage() {}
 
 func (x *Neighbour) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1790,7 +1968,7 @@ func (x *Neighbour) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
 func (*Neighbour) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Neighbour) GetInterface() string {
@@ -1826,7 +2004,7 @@ type ForwardRequest struct {
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +2016,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +2029,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ForwardRequest) GetStream() uint64 {
@@ -1887,7 +2065,7 @@ type ResizeSandboxRequest struct {
 
 func (x *ResizeSandboxRequest) Reset() {
 	*x = ResizeSandboxRequest{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1899,7 +2077,7 @@ func (x *ResizeSandboxRequest) String() string {
 func (*ResizeSandboxRequest) ProtoMessage() {}
 
 func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1912,7 +2090,7 @@ func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxRequest.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ResizeSandboxRequest) GetCpus() uint32 {
@@ -1939,7 +2117,7 @@ type ResizeSandboxResponse struct {
 
 func (x *ResizeSandboxResponse) Reset() {
 	*x = ResizeSandboxResponse{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1951,7 +2129,7 @@ func (x *ResizeSandboxResponse) String() string {
 func (*ResizeSandboxResponse) ProtoMessage() {}
 
 func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1964,7 +2142,7 @@ func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResizeSandboxResponse) GetCpus() uint32 {
@@ -2011,26 +2189,38 @@ const file_agent_proto_rawDesc = "" +
 	"\aStreams\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\x04R\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\x04R\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x03 \x01(\x04R\x06stderr\"\x8e\x02\n" +
+	"\x06stderr\x18\x03 \x01(\x04R\x06stderr\"\xd2\x02\n" +
 	"\x16CreateContainerRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x123\n" +
 	"\astreams\x18\x03 \x01(\v2\x19.microvm.agent.v1.StreamsR\astreams\x125\n" +
-	"\bstorages\x18\x04 \x03(\v2\x19.microvm.agent.v1.StorageR\bstorages\x12C\n" +
+	"\bstorages\x18\x04 \x03(\v2\x19.microvm.agent.v1.StorageR\bstorages\x12B\n" +
+	"\rblock_devices\x18\f \x03(\v2\x1d.microvm.agent.v1.BlockDeviceR\fblockDevices\x12C\n" +
 	"\rpid_namespace\x18\n" +
 	" \x01(\v2\x1e.microvm.agent.v1.PIDNamespaceR\fpidNamespace\x12\x1f\n" +
 	"\vall_devices\x18\v \x01(\bR\n" +
 	"allDevices\"1\n" +
 	"\fPIDNamespace\x12!\n" +
-	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"|\n" +
-	"\aStorage\x12\x1f\n" +
-	"\vpci_address\x18\x01 \x01(\tR\n" +
-	"pciAddress\x12\x16\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\xbf\x01\n" +
+	"\aStorage\x12#\n" +
+	"\rpci_addresses\x18\x01 \x03(\tR\fpciAddresses\x12\x16\n" +
 	"\x06fstype\x18\x02 \x01(\tR\x06fstype\x12\x18\n" +
 	"\aoptions\x18\x03 \x03(\tR\aoptions\x12\x1e\n" +
 	"\n" +
 	"mountpoint\x18\x04 \x01(\tR\n" +
-	"mountpoint\")\n" +
+	"mountpoint\x12=\n" +
+	"\vdirectories\x18\x05 \x03(\v2\x1b.microvm.agent.v1.DirectoryR\vdirectories\"3\n" +
+	"\tDirectory\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\rR\x04mode\"Z\n" +
+	"\vBlockDevice\x12\x14\n" +
+	"\x05major\x18\x01 \x01(\x03R\x05major\x12\x14\n" +
+	"\x05minor\x18\x02 \x01(\x03R\x05minor\x12\x1f\n" +
+	"\vpci_address\x18\x03 \x01(\tR\n" +
+	"pciAddress\"6\n" +
+	"\x13RemoveDeviceRequest\x12\x1f\n" +
+	"\vpci_address\x18\x01 \x01(\tR\n" +
+	"pciAddress\")\n" +
 	"\x15CreateProcessResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"\x9e\x01\n" +
 	"\x11CreateExecRequest\x12!\n" +
@@ -2127,7 +2317,7 @@ const file_agent_proto_rawDesc = "" +
 	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes\"P\n" +
 	"\x15ResizeSandboxResponse\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12#\n" +
-	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\xdc\f\n" +
+	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\xab\r\n" +
 	"\x05Agent\x12E\n" +
 	"\x04Info\x12\x1d.microvm.agent.v1.InfoRequest\x1a\x1e.microvm.agent.v1.InfoResponse\x12U\n" +
 	"\x10ConfigureSandbox\x12).microvm.agent.v1.ConfigureSandboxRequest\x1a\x16.google.protobuf.Empty\x12d\n" +
@@ -2138,7 +2328,8 @@ const file_agent_proto_rawDesc = "" +
 	"\vWaitProcess\x12 .microvm.agent.v1.ProcessRequest\x1a%.microvm.agent.v1.WaitProcessResponse\x12O\n" +
 	"\rSignalProcess\x12&.microvm.agent.v1.SignalProcessRequest\x1a\x16.google.protobuf.Empty\x12G\n" +
 	"\tResizePty\x12\".microvm.agent.v1.ResizePtyRequest\x1a\x16.google.protobuf.Empty\x12I\n" +
-	"\rDeleteProcess\x12 .microvm.agent.v1.ProcessRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
+	"\rDeleteProcess\x12 .microvm.agent.v1.ProcessRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
+	"\fRemoveDevice\x12%.microvm.agent.v1.RemoveDeviceRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
 	"\rListProcesses\x12\".microvm.agent.v1.ContainerRequest\x1a'.microvm.agent.v1.ListProcessesResponse\x12L\n" +
 	"\x0ePauseContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
 	"\x0fResumeContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12S\n" +
@@ -2163,7 +2354,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),             // 0: microvm.agent.v1.InfoRequest
 	(*InfoResponse)(nil),            // 1: microvm.agent.v1.InfoResponse
@@ -2172,98 +2363,105 @@ var file_agent_proto_goTypes = []any{
 	(*CreateContainerRequest)(nil),  // 4: microvm.agent.v1.CreateContainerRequest
 	(*PIDNamespace)(nil),            // 5: microvm.agent.v1.PIDNamespace
 	(*Storage)(nil),                 // 6: microvm.agent.v1.Storage
-	(*CreateProcessResponse)(nil),   // 7: microvm.agent.v1.CreateProcessResponse
-	(*CreateExecRequest)(nil),       // 8: microvm.agent.v1.CreateExecRequest
-	(*ProcessRequest)(nil),          // 9: microvm.agent.v1.ProcessRequest
-	(*StartProcessResponse)(nil),    // 10: microvm.agent.v1.StartProcessResponse
-	(*WaitProcessResponse)(nil),     // 11: microvm.agent.v1.WaitProcessResponse
-	(*SignalProcessRequest)(nil),    // 12: microvm.agent.v1.SignalProcessRequest
-	(*ResizePtyRequest)(nil),        // 13: microvm.agent.v1.ResizePtyRequest
-	(*ContainerRequest)(nil),        // 14: microvm.agent.v1.ContainerRequest
-	(*ListProcessesResponse)(nil),   // 15: microvm.agent.v1.ListProcessesResponse
-	(*ProcessEntry)(nil),            // 16: microvm.agent.v1.ProcessEntry
-	(*UpdateContainerRequest)(nil),  // 17: microvm.agent.v1.UpdateContainerRequest
-	(*ContainerStatsResponse)(nil),  // 18: microvm.agent.v1.ContainerStatsResponse
-	(*EventsRequest)(nil),           // 19: microvm.agent.v1.EventsRequest
-	(*Event)(nil),                   // 20: microvm.agent.v1.Event
-	(*OOMKill)(nil),                 // 21: microvm.agent.v1.OOMKill
-	(*Network)(nil),                 // 22: microvm.agent.v1.Network
-	(*Interface)(nil),               // 23: microvm.agent.v1.Interface
-	(*Address)(nil),                 // 24: microvm.agent.v1.Address
-	(*Route)(nil),                   // 25: microvm.agent.v1.Route
-	(*NextHop)(nil),                 // 26: microvm.agent.v1.NextHop
-	(*Neighbour)(nil),               // 27: microvm.agent.v1.Neighbour
-	(*ForwardRequest)(nil),          // 28: microvm.agent.v1.ForwardRequest
-	(*ResizeSandboxRequest)(nil),    // 29: microvm.agent.v1.ResizeSandboxRequest
-	(*ResizeSandboxResponse)(nil),   // 30: microvm.agent.v1.ResizeSandboxResponse
-	nil,                             // 31: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),   // 32: google.protobuf.Timestamp
-	(*anypb.Any)(nil),               // 33: google.protobuf.Any
-	(*emptypb.Empty)(nil),           // 34: google.protobuf.Empty
+	(*Directory)(nil),               // 7: microvm.agent.v1.Directory
+	(*BlockDevice)(nil),             // 8: microvm.agent.v1.BlockDevice
+	(*RemoveDeviceRequest)(nil),     // 9: microvm.agent.v1.RemoveDeviceRequest
+	(*CreateProcessResponse)(nil),   // 10: microvm.agent.v1.CreateProcessResponse
+	(*CreateExecRequest)(nil),       // 11: microvm.agent.v1.CreateExecRequest
+	(*ProcessRequest)(nil),          // 12: microvm.agent.v1.ProcessRequest
+	(*StartProcessResponse)(nil),    // 13: microvm.agent.v1.StartProcessResponse
+	(*WaitProcessResponse)(nil),     // 14: microvm.agent.v1.WaitProcessResponse
+	(*SignalProcessRequest)(nil),    // 15: microvm.agent.v1.SignalProcessRequest
+	(*ResizePtyRequest)(nil),        // 16: microvm.agent.v1.ResizePtyRequest
+	(*ContainerRequest)(nil),        // 17: microvm.agent.v1.ContainerRequest
+	(*ListProcessesResponse)(nil),   // 18: microvm.agent.v1.ListProcessesResponse
+	(*ProcessEntry)(nil),            // 19: microvm.agent.v1.ProcessEntry
+	(*UpdateContainerRequest)(nil),  // 20: microvm.agent.v1.UpdateContainerRequest
+	(*ContainerStatsResponse)(nil),  // 21: microvm.agent.v1.ContainerStatsResponse
+	(*EventsRequest)(nil),           // 22: microvm.agent.v1.EventsRequest
+	(*Event)(nil),                   // 23: microvm.agent.v1.Event
+	(*OOMKill)(nil),                 // 24: microvm.agent.v1.OOMKill
+	(*Network)(nil),                 // 25: microvm.agent.v1.Network
+	(*Interface)(nil),               // 26: microvm.agent.v1.Interface
+	(*Address)(nil),                 // 27: microvm.agent.v1.Address
+	(*Route)(nil),                   // 28: microvm.agent.v1.Route
+	(*NextHop)(nil),                 // 29: microvm.agent.v1.NextHop
+	(*Neighbour)(nil),               // 30: microvm.agent.v1.Neighbour
+	(*ForwardRequest)(nil),          // 31: microvm.agent.v1.ForwardRequest
+	(*ResizeSandboxRequest)(nil),    // 32: microvm.agent.v1.ResizeSandboxRequest
+	(*ResizeSandboxResponse)(nil),   // 33: microvm.agent.v1.ResizeSandboxResponse
+	nil,                             // 34: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),   // 35: google.protobuf.Timestamp
+	(*anypb.Any)(nil),               // 36: google.protobuf.Any
+	(*emptypb.Empty)(nil),           // 37: google.protobuf.Empty
 }
 var file_agent_proto_depIdxs = []int32{
-	31, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	32, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
-	22, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
+	34, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	35, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
+	25, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
 	3,  // 3: microvm.agent.v1.CreateContainerRequest.streams:type_name -> microvm.agent.v1.Streams
 	6,  // 4: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
-	5,  // 5: microvm.agent.v1.CreateContainerRequest.pid_namespace:type_name -> microvm.agent.v1.PIDNamespace
-	3,  // 6: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
-	32, // 7: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
-	16, // 8: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
-	33, // 9: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
-	32, // 10: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
-	21, // 11: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
-	23, // 12: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
-	25, // 13: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
-	27, // 14: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
-	24, // 15: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
-	26, // 16: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
-	0,  // 17: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
-	2,  // 18: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
-	4,  // 19: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
-	8,  // 20: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
-	9,  // 21: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
-	9,  // 22: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
-	12, // 23: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
-	13, // 24: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
-	9,  // 25: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
-	14, // 26: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
-	14, // 27: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
-	14, // 28: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
-	17, // 29: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
-	14, // 30: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
-	34, // 31: microvm.agent.v1.Agent.SandboxStats:input_type -> google.protobuf.Empty
-	22, // 32: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
-	28, // 33: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
-	19, // 34: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
-	29, // 35: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
-	34, // 36: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
-	1,  // 37: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
-	34, // 38: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
-	7,  // 39: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
-	34, // 40: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
-	10, // 41: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
-	11, // 42: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
-	34, // 43: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
-	34, // 44: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
-	34, // 45: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
-	15, // 46: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
-	34, // 47: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
-	34, // 48: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
-	34, // 49: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
-	18, // 50: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	18, // 51: microvm.agent.v1.Agent.SandboxStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	34, // 52: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
-	34, // 53: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
-	20, // 54: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
-	30, // 55: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
-	34, // 56: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
-	37, // [37:57] is the sub-list for method output_type
-	17, // [17:37] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	8,  // 5: microvm.agent.v1.CreateContainerRequest.block_devices:type_name -> microvm.agent.v1.BlockDevice
+	5,  // 6: microvm.agent.v1.CreateContainerRequest.pid_namespace:type_name -> microvm.agent.v1.PIDNamespace
+	7,  // 7: microvm.agent.v1.Storage.directories:type_name -> microvm.agent.v1.Directory
+	3,  // 8: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
+	35, // 9: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	19, // 10: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
+	36, // 11: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
+	35, // 12: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
+	24, // 13: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
+	26, // 14: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
+	28, // 15: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
+	30, // 16: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
+	27, // 17: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
+	29, // 18: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
+	0,  // 19: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
+	2,  // 20: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
+	4,  // 21: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
+	11, // 22: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
+	12, // 23: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
+	12, // 24: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
+	15, // 25: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
+	16, // 26: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
+	12, // 27: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
+	9,  // 28: microvm.agent.v1.Agent.RemoveDevice:input_type -> microvm.agent.v1.RemoveDeviceRequest
+	17, // 29: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
+	17, // 30: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
+	17, // 31: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
+	20, // 32: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
+	17, // 33: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
+	37, // 34: microvm.agent.v1.Agent.SandboxStats:input_type -> google.protobuf.Empty
+	25, // 35: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
+	31, // 36: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
+	22, // 37: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
+	32, // 38: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
+	37, // 39: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
+	1,  // 40: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
+	37, // 41: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
+	10, // 42: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
+	37, // 43: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
+	13, // 44: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
+	14, // 45: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
+	37, // 46: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
+	37, // 47: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
+	37, // 48: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
+	37, // 49: microvm.agent.v1.Agent.RemoveDevice:output_type -> google.protobuf.Empty
+	18, // 50: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
+	37, // 51: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
+	37, // 52: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
+	37, // 53: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
+	21, // 54: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	21, // 55: microvm.agent.v1.Agent.SandboxStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	37, // 56: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
+	37, // 57: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
+	23, // 58: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
+	33, // 59: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
+	37, // 60: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
+	40, // [40:61] is the sub-list for method output_type
+	19, // [19:40] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -2271,7 +2469,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[20].OneofWrappers = []any{
+	file_agent_proto_msgTypes[23].OneofWrappers = []any{
 		(*Event_OomKill)(nil),
 	}
 	type x struct{}
@@ -2280,7 +2478,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

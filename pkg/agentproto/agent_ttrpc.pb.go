@@ -18,6 +18,7 @@ type AgentService interface {
 	SignalProcess(context.Context, *SignalProcessRequest) (*emptypb.Empty, error)
 	ResizePty(context.Context, *ResizePtyRequest) (*emptypb.Empty, error)
 	DeleteProcess(context.Context, *ProcessRequest) (*emptypb.Empty, error)
+	RemoveDevice(context.Context, *RemoveDeviceRequest) (*emptypb.Empty, error)
 	ListProcesses(context.Context, *ContainerRequest) (*ListProcessesResponse, error)
 	PauseContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
@@ -109,6 +110,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.DeleteProcess(ctx, &req)
+			},
+			"RemoveDevice": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RemoveDeviceRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.RemoveDevice(ctx, &req)
 			},
 			"ListProcesses": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ContainerRequest
@@ -207,6 +215,7 @@ type AgentClient interface {
 	SignalProcess(context.Context, *SignalProcessRequest) (*emptypb.Empty, error)
 	ResizePty(context.Context, *ResizePtyRequest) (*emptypb.Empty, error)
 	DeleteProcess(context.Context, *ProcessRequest) (*emptypb.Empty, error)
+	RemoveDevice(context.Context, *RemoveDeviceRequest) (*emptypb.Empty, error)
 	ListProcesses(context.Context, *ContainerRequest) (*ListProcessesResponse, error)
 	PauseContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
@@ -297,6 +306,14 @@ func (c *agentClient) ResizePty(ctx context.Context, req *ResizePtyRequest) (*em
 func (c *agentClient) DeleteProcess(ctx context.Context, req *ProcessRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "DeleteProcess", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) RemoveDevice(ctx context.Context, req *RemoveDeviceRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "RemoveDevice", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

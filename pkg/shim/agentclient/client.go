@@ -247,6 +247,14 @@ func (c *Client) DeleteProcess(ctx context.Context, id, execID string) error {
 	return err
 }
 
+// RemoveDevice has the guest's kernel let go of a device before it is detached.
+func (c *Client) RemoveDevice(ctx context.Context, pciAddress string) error {
+	ctx, cancel := context.WithTimeout(ctx, quick)
+	defer cancel()
+	_, err := c.rpc.RemoveDevice(ctx, &agentproto.RemoveDeviceRequest{PciAddress: pciAddress})
+	return err
+}
+
 // Process is one of a container's, by its number in the guest.
 type Process struct {
 	Pid uint32

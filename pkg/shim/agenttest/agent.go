@@ -473,6 +473,13 @@ func (a *Agent) ResizePty(_ context.Context, r *agentproto.ResizePtyRequest) (*e
 	return &emptypb.Empty{}, err
 }
 
+func (a *Agent) RemoveDevice(_ context.Context, r *agentproto.RemoveDeviceRequest) (*emptypb.Empty, error) {
+	if reply, err := enter[emptypb.Empty](a, "RemoveDevice", r); reply != nil || err != nil {
+		return reply, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
 func (a *Agent) DeleteProcess(_ context.Context, r *agentproto.ProcessRequest) (*emptypb.Empty, error) {
 	if reply, err := enter[emptypb.Empty](a, "DeleteProcess", r); reply != nil || err != nil {
 		return reply, err
