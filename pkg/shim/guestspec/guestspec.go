@@ -7,14 +7,17 @@ package guestspec
 import (
 	"fmt"
 	"path/filepath"
-	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// SharedRoot is where the guest sees the sandbox's shared directory.
-const SharedRoot = "/run/microvm/shared"
+// Where the guest sees the sandbox's shared directory, and where file systems on
+// disks are mounted.
+const (
+	SharedRoot  = "/run/microvm/shared"
+	StorageRoot = "/run/microvm/storage"
+)
 
 // Names in a container's part of the shared directory.
 const (
@@ -30,6 +33,9 @@ type Input struct {
 	// of the guest.
 	First    bool
 	Terminal bool
+	// Root is the path of the root file system in the guest, if that is not in
+	// the shared directory.
+	Root string
 	// Pod says that the containers of the sandbox share /dev/shm.
 	Pod bool
 	// Shm is the host's directory in whose place the guest's /dev/shm is.
@@ -51,6 +57,9 @@ type Result struct {
 	// PIDs says whose pid namespace the container joins, by the id that
 	// Input.Tasks has; nil for one of its own.
 	PIDs *string
+	// Disks are the block devices of the host that the container has. The
+	// specification names them by the host's numbers.
+	Disks []Disk
 	// AllDevices says that the container gets all devices of the guest.
 	AllDevices bool
 	// Shm is what the first container has as the sandbox's /dev/shm.
@@ -74,6 +83,9 @@ func Rewrite(spec *specs.Spec, in Input) (*Result, error) {
 	spec.Root = &specs.Root{
 		Path:     filepath.Join(SharedRoot, in.ID, RootfsName),
 		Readonly: spec.Root.Readonly,
+	}
+	if in.Root != "" {
+		spec.Root.Path = in.Root
 	}
 	spec.Process.Terminal = in.Terminal
 	linux := spec.Linux
@@ -111,55 +123,6 @@ func Resources(res *specs.LinuxResources) (remarks []string) {
 		}
 	}
 	return remarks
-}
-
-// guestDevices are the device nodes, by number, that the guest kernel has a
-// driver for and that mean the same in there.
-var guestDevices = map[[2]int64]bool{
-	{1, 3}:    true, // null
-	{1, 5}:    true, // zero
-	{1, 7}:    true, // full
-	{1, 8}:    true, // random
-	{1, 9}:    true, // urandom
-	{1, 11}:   true, // kmsg
-	{5, 0}:    true, // tty
-	{5, 1}:    true, // console
-	{5, 2}:    true, // ptmx
-	{10, 200}: true, // net/tun
-	{10, 229}: true, // fuse
-}
-
-// devices: a container that may use all devices gets those of the guest; one
-// that asks for a certain device of the host cannot have it.
-func devices(r *Result, in Input) error {
-	linux := r.Spec.Linux
-	all := allDevicesAllowed(linux.Resources)
-	var kept []specs.LinuxDevice
-	for _, d := range linux.Devices {
-		character := d.Type == "c" || d.Type == "u"
-		if d.Type == "p" || character && guestDevices[[2]int64{d.Major, d.Minor}] {
-			kept = append(kept, d)
-			continue
-		}
-		if !all {
-			return unsupported("container %s is to have the device %s (%s %d:%d) of the host: a virtual machine cannot",
-				in.ID, d.Path, d.Type, d.Major, d.Minor)
-		}
-		r.AllDevices = true
-		r.Remarks = append(r.Remarks, fmt.Sprintf("device %s left out: it is the host's", d.Path))
-	}
-	linux.Devices = kept
-	return nil
-}
-
-// allDevicesAllowed is how a privileged container shows.
-func allDevicesAllowed(res *specs.LinuxResources) bool {
-	if res == nil {
-		return false
-	}
-	return slices.ContainsFunc(res.Devices, func(d specs.LinuxDeviceCgroup) bool {
-		return d.Allow && (d.Type == "" || d.Type == "a") && d.Major == nil && d.Minor == nil && d.Access == "rwm"
-	})
 }
 
 // hooks divides them into those of the host's and those of the container.

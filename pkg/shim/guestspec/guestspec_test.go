@@ -52,6 +52,10 @@ func TestRoot(t *testing.T) {
 	if want := (specs.Root{Path: "/run/microvm/shared/c1/rootfs", Readonly: true}); *r.Spec.Root != want {
 		t.Errorf("root %+v", *r.Spec.Root)
 	}
+	in.Root = "/run/microvm/storage/c1/0"
+	if r := rewrite(t, base(), in); r.Spec.Root.Path != in.Root {
+		t.Errorf("root %+v", *r.Spec.Root)
+	}
 	if !r.Spec.Process.Terminal || r.Spec.Linux.CgroupsPath != "" {
 		t.Errorf("terminal %v, cgroup %q", r.Spec.Process.Terminal, r.Spec.Linux.CgroupsPath)
 	}
@@ -361,6 +365,67 @@ func TestDevices(t *testing.T) {
 	}
 }
 
+func TestDisks(t *testing.T) {
+	n := func(v int64) *int64 { return &v }
+	rule := func(allow bool, kind string, major, minor *int64, access string) specs.LinuxDeviceCgroup {
+		return specs.LinuxDeviceCgroup{Allow: allow, Type: kind, Major: major, Minor: minor, Access: access}
+	}
+	// Not one that a host has.
+	const major = 4094
+	disk := func(path string, minor int64) specs.LinuxDevice {
+		return specs.LinuxDevice{Path: path, Type: "b", Major: major, Minor: minor}
+	}
+	denied := rule(false, "", nil, nil, "rwm")
+	for _, tc := range []struct {
+		name    string
+		devices []specs.LinuxDevice
+		rules   []specs.LinuxDeviceCgroup
+		disks   []Disk
+		left    int // of the rules
+	}{
+		{"without rules", []specs.LinuxDevice{disk("/dev/x", 1)}, nil, []Disk{{"/dev/x", major, 1, true}}, 0},
+		{"read and write", []specs.LinuxDevice{disk("/dev/x", 1)},
+			[]specs.LinuxDeviceCgroup{denied, rule(true, "b", n(major), n(1), "rwm")}, []Disk{{"/dev/x", major, 1, false}}, 2},
+		{"read only", []specs.LinuxDevice{disk("/dev/x", 1)},
+			[]specs.LinuxDeviceCgroup{denied, rule(true, "b", nil, nil, "m"), rule(true, "b", n(major), n(1), "r")},
+			[]Disk{{"/dev/x", major, 1, true}}, 3},
+		{"taken back", []specs.LinuxDevice{disk("/dev/x", 1)},
+			[]specs.LinuxDeviceCgroup{rule(true, "b", n(major), n(1), "rw"), rule(false, "a", nil, nil, "w")},
+			[]Disk{{"/dev/x", major, 1, true}}, 2},
+		{"under two paths", []specs.LinuxDevice{disk("/dev/x", 1), disk("/dev/y", 1), disk("/dev/z", 2)},
+			[]specs.LinuxDeviceCgroup{rule(true, "b", nil, nil, "rw")},
+			[]Disk{{"/dev/x", major, 1, false}, {"/dev/z", major, 2, false}}, 1},
+		{"rules for others", []specs.LinuxDevice{disk("/dev/x", 1)},
+			[]specs.LinuxDeviceCgroup{
+				rule(true, "b", n(major), n(1), "r"), rule(true, "b", n(major), n(2), "rw"), rule(true, "b", n(254), nil, "rw"),
+				rule(false, "b", n(8), n(0), "rwm"), rule(true, "c", n(254), n(0), "rw"),
+			}, []Disk{{"/dev/x", major, 1, true}}, 2},
+		{"privileged, and by name", []specs.LinuxDevice{disk("/dev/x", 1), disk("/dev/y", 2)},
+			[]specs.LinuxDeviceCgroup{rule(true, "", nil, nil, "rwm"), rule(true, "b", n(major), n(2), "rwm")},
+			[]Disk{{"/dev/y", major, 2, false}}, 2},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			spec := base()
+			spec.Linux.Devices = tc.devices
+			if tc.rules != nil {
+				spec.Linux.Resources = &specs.LinuxResources{Devices: tc.rules}
+			}
+			r := rewrite(t, spec, first)
+			if !reflect.DeepEqual(r.Disks, tc.disks) {
+				t.Errorf("disks %+v, want %+v", r.Disks, tc.disks)
+			}
+			for _, d := range r.Spec.Linux.Devices {
+				if !r.disk(d.Major, d.Minor) {
+					t.Errorf("%s is no disk", d.Path)
+				}
+			}
+			if tc.rules != nil && len(r.Spec.Linux.Resources.Devices) != tc.left {
+				t.Errorf("rules %+v, want %d", r.Spec.Linux.Resources.Devices, tc.left)
+			}
+		})
+	}
+}
+
 func TestResources(t *testing.T) {
 	period, runtime, limit := uint64(1), int64(2), int64(64<<20)
 	res := &specs.LinuxResources{
@@ -432,11 +497,8 @@ func TestRefused(t *testing.T) {
 			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "tmpfs", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
 		}, "mapped in bind mounts only", false},
 		{"device of the host", func(s *specs.Spec) {
-			s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/sda", Type: "b", Major: 8}}
-		}, "/dev/sda (b 8:0)", false},
-		{"createContainer hook", func(s *specs.Spec) {
-			s.Hooks = &specs.Hooks{CreateContainer: []specs.Hook{{Path: "/h"}}}
-		}, "createContainer", false},
+			s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/kvm", Type: "c", Major: 10, Minor: 232}}
+		}, "/dev/kvm (c 10:232)", false},
 		{"network device", func(s *specs.Spec) {
 			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth1": {}}
 		}, "netDevices", false},

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -179,12 +178,4 @@ func guestsOwn(m *specs.Mount, target string, info os.FileInfo, fs unix.Statfs_t
 		return target, nil
 	}
 	return "", nil
-}
-
-func deviceNumber(info os.FileInfo) [2]int64 {
-	stat, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return [2]int64{}
-	}
-	return [2]int64{int64(unix.Major(stat.Rdev)), int64(unix.Minor(stat.Rdev))}
 }

@@ -294,3 +294,56 @@ func TestHostSeesNothing(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A root file system that the snapshotter describes by its layers, as that of
+// erofs does.
+func TestRootfsOfLayers(t *testing.T) {
+	tree := newTree(t)
+	upper := mount.Mount{Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=755"}}
+	layer := func(dir string) mount.Mount {
+		return mount.Mount{Type: "bind", Source: dir, Options: []string{"ro", "rbind"}}
+	}
+	overlay := mount.Mount{Type: "format/mkdir/overlay", Source: "overlay", Options: []string{
+		"X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
+		"upperdir={{ mount 0 }}/upper", "workdir={{ mount 0 }}/work", "lowerdir={{ overlay 1 2 }}",
+	}}
+	top, bottom := files(t, "top", "both/top"), files(t, "bottom", "both/bottom")
+	if err := tree.Add("c1", Rootfs{Mounts: []mount.Mount{upper, layer(top), layer(bottom), overlay}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"top", "bottom", "both/top", "both/bottom"} {
+		read(t, tree, "c1/rootfs/"+name, name)
+	}
+	if err := os.WriteFile(filepath.Join(tree.path, "c1/rootfs/new"), []byte("new"), 0o644); err != nil {
+		t.Error(err)
+	}
+	read(t, tree, "c1/layers/0/upper/new", "new")
+	if err := tree.Remove("c1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(tree.path, "c1")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("something is left: %v", err)
+	}
+
+	// A layer that leads out of itself; the second time it is there.
+	evil := t.TempDir()
+	outside := t.TempDir()
+	if err := os.Symlink(outside, filepath.Join(evil, "link")); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"{{ mount 0 }}/link/x", "{{ mount 0 }}/../x", outside + "/x", "{{ mount 0 }}"} {
+		mounts := []mount.Mount{{Type: "bind", Source: evil, Options: []string{"rbind"}}, {
+			Type: "format/mkdir/bind", Source: "{{ mount 0 }}", Options: []string{"rbind", "X-containerd.mkdir.path=" + path},
+		}}
+		if err := tree.Add("c1", Rootfs{Mounts: mounts}, nil); err == nil {
+			t.Errorf("%s was made", path)
+			tree.Remove("c1")
+		}
+	}
+	if left, err := os.ReadDir(outside); err != nil || len(left) > 0 {
+		t.Errorf("outside: %v, %v", left, err)
+	}
+	if _, err := os.Stat(filepath.Join(tree.path, "c1")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("something is left: %v", err)
+	}
+}

@@ -4,6 +4,7 @@
 // the host however the shim ends.
 //
 //	<container id>/rootfs
+//	<container id>/layers/<n>
 //	<container id>/mounts/<n>
 //
 // The directories of the tree itself are read-only for the guest.
@@ -16,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,6 +28,10 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
 )
+
+// layersName is where the parts are that a root file system is made of on the
+// host.
+const layersName = "layers"
 
 // Tree is a mounted tree. Its methods may be called concurrently.
 type Tree struct {
@@ -58,6 +64,8 @@ type Rootfs struct {
 	Mounts []mount.Mount
 	// Path is used when there are none: a directory of the host.
 	Path string
+	// InGuest says that the guest mounts it from disks.
+	InGuest bool
 }
 
 // New mounts a tree at path, which is made. host is the mount namespace in
@@ -117,13 +125,12 @@ func (t *Tree) Add(id string, rootfs Rootfs, mounts []guestspec.Mount) (err erro
 			err = errors.Join(err, t.remove(id))
 		}
 	}()
-	root := filepath.Join(id, guestspec.RootfsName)
-	for _, dir := range []string{id, root, filepath.Join(id, guestspec.MountsName)} {
+	for _, dir := range []string{id, filepath.Join(id, guestspec.RootfsName), filepath.Join(id, guestspec.MountsName)} {
 		if err := t.makePoint(c, point{name: dir}); err != nil {
 			return err
 		}
 	}
-	if err := t.addRootfs(c, root, rootfs); err != nil {
+	if err := t.addRootfs(c, id, rootfs); err != nil {
 		return fmt.Errorf("root file system: %w", err)
 	}
 	for n, m := range mounts {
@@ -134,19 +141,80 @@ func (t *Tree) Add(id string, rootfs Rootfs, mounts []guestspec.Mount) (err erro
 	return nil
 }
 
-func (t *Tree) addRootfs(c *content, target string, rootfs Rootfs) error {
-	if len(rootfs.Mounts) == 0 {
-		info, err := os.Stat(rootfs.Path)
+func (t *Tree) addRootfs(c *content, id string, rootfs Rootfs) error {
+	target := filepath.Join(id, guestspec.RootfsName)
+	switch {
+	case rootfs.InGuest:
+		return nil
+	case slices.ContainsFunc(rootfs.Mounts, IsTemplate):
+		return t.addLayers(c, id, target, rootfs.Mounts)
+	case len(rootfs.Mounts) > 0:
+		c.mounts = append(c.mounts, target)
+		return mount.All(rootfs.Mounts, filepath.Join(t.path, target))
+	}
+	info, err := os.Stat(rootfs.Path)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%s is not a directory", rootfs.Path)
+	}
+	return t.bind(c, target, guestspec.Mount{Source: rootfs.Path, Recursive: true})
+}
+
+// addLayers mounts a root file system whose last mount is made of those before
+// it, which therefore have places of their own.
+func (t *Tree) addLayers(c *content, id, target string, mounts []mount.Mount) error {
+	if err := t.makePoint(c, point{name: filepath.Join(id, layersName)}); err != nil {
+		return err
+	}
+	var points []string
+	for i, m := range mounts {
+		m, directories, err := Resolve(m, points)
 		if err != nil {
 			return err
 		}
-		if !info.IsDir() {
-			return fmt.Errorf("%s is not a directory", rootfs.Path)
+		for _, d := range directories {
+			if err := makeIn(points, d); err != nil {
+				return err
+			}
 		}
-		return t.bind(c, target, guestspec.Mount{Source: rootfs.Path, Recursive: true})
+		at := target
+		if i < len(mounts)-1 {
+			at = filepath.Join(id, layersName, strconv.Itoa(i))
+			if err := t.makePoint(c, point{name: at}); err != nil {
+				return err
+			}
+		}
+		path := filepath.Join(t.path, at)
+		c.mounts = append(c.mounts, at)
+		if err := m.Mount(path); err != nil {
+			return fmt.Errorf("mount %s of the type %s: %w", m.Source, m.Type, err)
+		}
+		points = append(points, path)
 	}
-	c.mounts = append(c.mounts, target)
-	return mount.All(rootfs.Mounts, filepath.Join(t.path, target))
+	return nil
+}
+
+// makeIn makes a directory in a file system that is mounted at one of the points.
+// Links in there lead nowhere else.
+func makeIn(points []string, d Directory) error {
+	for _, point := range points {
+		rel, err := filepath.Rel(point, d.Path)
+		if err != nil || rel == "." || !filepath.IsLocal(rel) {
+			continue
+		}
+		root, err := os.OpenRoot(point)
+		if err != nil {
+			return err
+		}
+		defer root.Close()
+		if err := root.Mkdir(rel, fs.FileMode(d.Mode)); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		return nil
+	}
+	return fmt.Errorf("directory %s is not in a layer", d.Path)
 }
 
 func (t *Tree) addMount(c *content, target string, m guestspec.Mount) error {
