@@ -149,6 +149,14 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 				s.sandbox.resizer.gone(r.GetID())
 			}
 		}()
+		defer func() {
+			if err != nil && !plan.abandoned {
+				s.sandbox.releaseDisks(r.GetID())
+			}
+		}()
+		if err := s.sandbox.attachDisks(ctx, r.GetID(), plan); err != nil {
+			return nil, fmt.Errorf("container %s: %w", r.GetID(), err)
+		}
 	}
 	c, err := newContainer(r.GetID(), r.GetBundle(), s.sandbox, first, s.publish)
 	if err != nil {
@@ -206,6 +214,7 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 		plan.request.Streams = &connections.ids
 		if _, err := s.sandbox.agent.CreateContainer(ctx, plan.request); err != nil {
 			if ctx.Err() != nil {
+				plan.abandoned = true
 				go s.sandbox.discard(c.id)
 			}
 			return fmt.Errorf("container %s: %w", c.id, err)

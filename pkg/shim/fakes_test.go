@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	eventsapi "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
@@ -37,12 +39,13 @@ type fakeMachine struct {
 	// silent is a guest whose agent does not come.
 	silent bool
 	pid    int
-	// attachError makes AttachNIC fail.
+	// attachError makes AttachNIC and AttachDisk fail.
 	attachError error
 
 	mu      sync.Mutex
 	conns   []*net.UnixConn // the guest's ends
 	nics    map[string]control.NIC
+	disks   map[string]fakeDisk
 	sizes   []control.Size
 	exit    control.Exit
 	done    chan struct{}
@@ -50,7 +53,7 @@ type fakeMachine struct {
 }
 
 func newFakeMachine(agent *agenttest.Agent) *fakeMachine {
-	m := &fakeMachine{agent: agent, pid: os.Getpid(), nics: map[string]control.NIC{}, done: make(chan struct{})}
+	m := &fakeMachine{agent: agent, pid: os.Getpid(), nics: map[string]control.NIC{}, disks: map[string]fakeDisk{}, done: make(chan struct{})}
 	go func() {
 		<-agent.Stopped()
 		m.end(control.ReasonPowerOff, "")
@@ -93,7 +96,48 @@ func (m *fakeMachine) Detach(_ context.Context, address string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.nics, address)
+	delete(m.disks, address)
 	return nil
+}
+
+// fakeDisk is a disk that was attached: the place of its file, and whether that
+// can be written.
+type fakeDisk struct {
+	path               string
+	readOnly, writable bool
+}
+
+func (m *fakeMachine) AttachDisk(_ context.Context, disk control.Disk, file *os.File) (string, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.attachError != nil {
+		return "", m.attachError
+	}
+	flags, err := unix.FcntlInt(file.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return "", err
+	}
+	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
+	if err != nil {
+		return "", err
+	}
+	for slot := 0x18; ; slot++ {
+		address := fmt.Sprintf("0000:00:%02x.0", slot)
+		if _, taken := m.disks[address]; !taken {
+			m.disks[address] = fakeDisk{path, disk.ReadOnly, flags&unix.O_ACCMODE == unix.O_RDWR}
+			return address, nil
+		}
+	}
+}
+
+// attached are the disks now, in the order of their places.
+func (m *fakeMachine) attached() (list []fakeDisk) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, address := range slices.Sorted(maps.Keys(m.disks)) {
+		list = append(list, m.disks[address])
+	}
+	return list
 }
 
 func (m *fakeMachine) Dial(_ context.Context, port uint32) (*net.UnixConn, error) {

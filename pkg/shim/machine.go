@@ -31,6 +31,7 @@ type machine interface {
 	Accept(ctx context.Context, port uint32) (*net.UnixConn, error)
 	Stop(ctx context.Context) error
 	AttachNIC(ctx context.Context, nic control.NIC, taps []*os.File) (pciAddress string, err error)
+	AttachDisk(ctx context.Context, disk control.Disk, file *os.File) (pciAddress string, err error)
 	Detach(ctx context.Context, pciAddress string) error
 	Resize(ctx context.Context, size control.Size) (control.Size, error)
 	Kill() error

@@ -31,6 +31,12 @@ type plan struct {
 	rootfs  share.Rootfs
 	limits  limits
 	mounts  []guestspec.Mount
+	// disks are the container's devices, storages its root file system where
+	// the guest mounts that.
+	disks    []guestspec.Disk
+	storages []storage
+	// abandoned says that the guest may make the container after all.
+	abandoned bool
 
 	hooks       specs.Hooks
 	version     string
@@ -66,6 +72,14 @@ func (s *service) plan(r *taskapi.CreateTaskRequest, first bool) (*plan, error) 
 	in := guestspec.Input{
 		ID: r.GetID(), Bundle: r.GetBundle(), First: first, Terminal: r.GetTerminal(), Tasks: s.tasks(),
 	}
+	inGuest, err := planGuestRootfs(r.GetID(), p.rootfs.Mounts)
+	if err != nil {
+		return nil, err
+	}
+	if inGuest != nil {
+		p.rootfs = share.Rootfs{InGuest: true}
+		p.storages, in.Root = inGuest.storages, inGuest.path
+	}
 	if !first {
 		in.Shm = s.sandbox.shm
 	}
@@ -85,6 +99,7 @@ func (s *service) plan(r *taskapi.CreateTaskRequest, first bool) (*plan, error) 
 	if rewritten.PIDs != nil {
 		p.request.PidNamespace = &agentproto.PIDNamespace{ContainerId: *rewritten.PIDs}
 	}
+	p.disks = rewritten.Disks
 	p.mounts, p.hooks, p.remarks = rewritten.Mounts, rewritten.HostHooks, rewritten.Remarks
 	p.sandbox.shm = rewritten.Shm
 	return p, nil

@@ -88,8 +88,9 @@ type sandbox struct {
 	// info is the guest's own description of itself when it was ready.
 	info agentclient.Info
 	// shm is the host's directory that the guest's /dev/shm stands for.
-	shm string
-	net netState
+	shm   string
+	net   netState
+	disks disks
 
 	halting sync.Mutex // held by halt
 
@@ -398,6 +399,7 @@ func (s *sandbox) dialStream(ctx context.Context, id uint64) (*net.UnixConn, err
 // discard deletes a container whose creation nobody waits for any more, when
 // the agent has come to its end.
 func (s *sandbox) discard(id string) {
+	defer s.releaseDisks(id)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	for s.alive() == nil && ctx.Err() == nil {
