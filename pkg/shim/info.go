@@ -6,12 +6,16 @@ import (
 	"io"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/api/types"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/bootstrap"
 )
 
 func printVersion(w io.Writer) error {
@@ -41,6 +45,10 @@ func revision() string {
 // JSON: core/runtime/typeurl.go.
 const featuresType = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 
+// allowedMounts tells containerd 2.2 what bootstrap.MountTypes tells later ones:
+// core/runtime/v2/task_mounts_deprecated.go.
+const allowedMounts = "containerd.io/runtime-allow-mounts"
+
 // printInfo tells containerd what the runtime can do. Options that come on
 // stdin are part of the answer, and change nothing in it.
 func printInfo(stdin io.Reader, stdout io.Writer) error {
@@ -52,6 +60,11 @@ func printInfo(stdin io.Reader, stdout io.Writer) error {
 		Name:    Name,
 		Version: &types.RuntimeVersion{Version: Version, Revision: revision()},
 	}
+	mounts := slices.Clone(bootstrap.MountTypes)
+	for _, transform := range bootstrap.MountTransforms {
+		mounts = append(mounts, transform+"/*")
+	}
+	info.Annotations = map[string]string{allowedMounts: strings.Join(mounts, ",")}
 	if len(data) > 0 {
 		info.Options = &anypb.Any{}
 		if err := proto.Unmarshal(data, info.Options); err != nil {

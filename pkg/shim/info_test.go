@@ -35,7 +35,8 @@ func TestInfo(t *testing.T) {
 		if err := proto.Unmarshal(out.Bytes(), &info); err != nil {
 			t.Fatal(err)
 		}
-		if info.Name != Name || info.Version.GetVersion() == "" {
+		if info.Name != Name || info.Version.GetVersion() == "" ||
+			info.Annotations["containerd.io/runtime-allow-mounts"] != "erofs,format/*,mkdir/*" {
 			t.Errorf("%v", &info)
 		}
 		if len(stdin) > 0 && info.Options.GetTypeUrl() != options.TypeUrl {

@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	"github.com/containerd/containerd/api/types"
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"google.golang.org/protobuf/proto"
@@ -45,6 +46,14 @@ const (
 // maxInput bounds what is read from stdin: the largest part is a
 // configuration passed through the runtime options.
 const maxInput = 1 << 20
+
+// What the shim does itself about the mounts of a root file system, so that
+// containerd's mount manager leaves them to it: erofs images become disks of the
+// guest, and with them what is made of them there (share.Resolve).
+var (
+	MountTypes      = []string{"erofs"}
+	MountTransforms = []string{"format", "mkdir"}
+)
 
 // DefaultSocketDir is where containerd keeps shim sockets.
 const DefaultSocketDir = "/run/containerd/s"
@@ -202,11 +211,15 @@ func (in *Invocation) Answer(address string) ([]byte, error) {
 	if !in.Bootstrap {
 		return []byte(address), nil
 	}
-	data, err := proto.Marshal(&bootapi.BootstrapResult{
+	result := &bootapi.BootstrapResult{
 		Version:  3, // of the task API
 		Address:  address,
 		Protocol: "ttrpc",
-	})
+	}
+	if err := result.AddExtension(&types.MountCapabilities{Types: MountTypes, Transforms: MountTransforms}); err != nil {
+		return nil, fmt.Errorf("bootstrap result: %w", err)
+	}
+	data, err := proto.Marshal(result)
 	if err != nil {
 		return nil, fmt.Errorf("bootstrap result: %w", err)
 	}

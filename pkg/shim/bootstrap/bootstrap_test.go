@@ -3,10 +3,12 @@ package bootstrap
 import (
 	"bytes"
 	"encoding/hex"
+	"slices"
 	"strings"
 	"testing"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	"github.com/containerd/containerd/api/types"
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"google.golang.org/protobuf/proto"
@@ -139,22 +141,27 @@ func TestStart(t *testing.T) {
 // The bytes that each generation of callers reads from stdout.
 func TestAnswer(t *testing.T) {
 	const address = "unix:///run/containerd/s/0011"
-	for _, test := range []struct {
-		name      string
-		bootstrap bool
-		want      string
-	}{
-		{"address", false, hex.EncodeToString([]byte(address))},
-		{"protobuf", true, "0803" + "121d" + hex.EncodeToString([]byte(address)) + "1a05" + hex.EncodeToString([]byte("ttrpc"))},
-	} {
-		in := Invocation{Bootstrap: test.bootstrap}
-		got, err := in.Answer(address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if hex.EncodeToString(got) != test.want {
-			t.Errorf("%s: got %x, want %s", test.name, got, test.want)
-		}
+	in := Invocation{}
+	if got, err := in.Answer(address); err != nil || string(got) != address {
+		t.Errorf("address: %q, %v", got, err)
+	}
+	in.Bootstrap = true
+	got, err := in.Answer(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "0803" + "121d" + hex.EncodeToString([]byte(address)) + "1a05" + hex.EncodeToString([]byte("ttrpc"))
+	if !strings.HasPrefix(hex.EncodeToString(got), want) {
+		t.Errorf("protobuf: got %x, want %s", got, want)
+	}
+	var result bootapi.BootstrapResult
+	if err := proto.Unmarshal(got, &result); err != nil {
+		t.Fatal(err)
+	}
+	var mounts types.MountCapabilities
+	if found, err := result.FindExtension(&mounts); !found || err != nil || !slices.Contains(mounts.GetTypes(), "erofs") ||
+		!slices.Contains(mounts.GetTransforms(), "format") || !slices.Contains(mounts.GetTransforms(), "mkdir") {
+		t.Errorf("mounts %v, %v, %v", &mounts, found, err)
 	}
 }
 
