@@ -4,6 +4,7 @@
 #        hack/containerd.sh stop STATE    end its containers, shims and itself; keeps images and logs
 #        hack/containerd.sh wipe STATE    stop, and remove STATE
 # Clients use `ctr -a STATE/containerd.sock`. It finds shims in bin/ of this checkout, then in the tools of the cache.
+# With a file system in STATE/blockfile.ext4 it has the snapshotter blockfile, which makes copies of that.
 # STATE/config.toml is the shim's own configuration, through MICROVM_CONFIG; STATE/env may set variables for containerd
 # and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un.
 #
@@ -47,6 +48,9 @@ no_cri() {
 
 # handler: the configuration file of the runtime handler microvm, the same that a user takes.
 handler() { [ -z "$CRI" ] || echo "'$top/deploy/k8s/containerd-$CRI.toml'"; }
+
+# no_blockfile: what to disable where there is nothing for it to copy.
+no_blockfile() { [ -f "$state/blockfile.ext4" ] || echo "'io.containerd.snapshotter.v1.blockfile',"; }
 
 configure_cri() {
 	local other tools=${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin
@@ -126,7 +130,7 @@ start() {
 		  $(no_cri)
 		  'io.containerd.nri.v1.nri',
 		  'io.containerd.tracing.processor.v1.otlp', 'io.containerd.internal.v1.tracing',
-		  'io.containerd.snapshotter.v1.devmapper', 'io.containerd.snapshotter.v1.blockfile',
+		  'io.containerd.snapshotter.v1.devmapper', $(no_blockfile)
 		]
 		[plugins.'io.containerd.server.v1.grpc']
 		  address = '$state/containerd.sock'
@@ -136,6 +140,12 @@ start() {
 		  socket_dir = '$state/shims'
 		[plugins.'io.containerd.internal.v1.opt']
 		  path = '$state/opt'
+		[plugins.'io.containerd.snapshotter.v1.blockfile']
+		  scratch_file = '$state/blockfile.ext4'
+		  fs_type = 'ext4'
+		# The size of a container's writable layer: without one it is a directory, and nothing is the guest's to mount.
+		[plugins.'io.containerd.snapshotter.v1.erofs']
+		  default_size = '64MiB'
 	X
 	[ -z "$CRI" ] || configure_cri
 	if [ ! -f "$state/config.toml" ]; then

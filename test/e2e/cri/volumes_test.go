@@ -5,6 +5,7 @@ package cri
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -60,6 +61,61 @@ func TestHostPath(t *testing.T) {
 		t.Fatal(err)
 	}
 	node.Until(t, "the pod sees that the file is gone", func() bool { return c.Shell(t, "[ ! -e /rw/from-host ]").Code == 0 })
+}
+
+// A block volume (volumeDevices) in two containers, of which one may only read, taken away and added again.
+func TestBlockVolume(t *testing.T) {
+	n := pods.For(t)
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
+	if err != nil {
+		t.Fatalf("losetup: %v: %s", err, out)
+	}
+	device := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
+			t.Errorf("losetup: %v: %s", err, out)
+		}
+	})
+	p := n.Pod(t)
+	writer := p.Run(t, pods.Device(device, "/dev/xvda", "mrw"))
+	reader := p.Run(t, pods.Device(device, "/srv/raw", "r"))
+	other := p.Run(t)
+	if got := writer.Get(t, "blockdev --getsize64 /dev/xvda; echo first | dd of=/dev/xvda bs=512 conv=sync 2>/dev/null"); got != "4194304" {
+		t.Errorf("size %s", got)
+	}
+	if got := reader.Get(t, "head -n 1 /srv/raw"); got != "first" {
+		t.Errorf("the other container reads %q", got)
+	}
+	if r := reader.Shell(t, "echo no >/srv/raw"); r.Code == 0 || !strings.Contains(r.Stderr, "Operation not permitted") {
+		t.Errorf("write to what may only be read: %s", r)
+	}
+	if r := other.Shell(t, "ls /dev/xvda /srv/raw"); r.Code == 0 {
+		t.Errorf("a container without the volume has it: %s", r)
+	}
+	remove := func(c *pods.Container) {
+		t.Helper()
+		c.Stop(t, 0)
+		c.Remove(t)
+	}
+	remove(writer)
+	if got := reader.Get(t, "head -n 1 /srv/raw"); got != "first" {
+		t.Errorf("the volume that is left has %q", got)
+	}
+	remove(reader)
+	if b, err := os.ReadFile(device); err != nil || !strings.HasPrefix(string(b), "first\n") {
+		t.Errorf("on the host: %.10q, %v", b, err)
+	}
+	again := p.Run(t, pods.Device(device, "/dev/xvda", "mrw"))
+	if got := again.Get(t, "head -n 1 /dev/xvda"); got != "first" {
+		t.Errorf("added again: %q", got)
+	}
+	if _, err := p.TryCreate(t, pods.Device("/dev/none", "/dev/xvda", "mrw")); err == nil {
+		t.Error("a container has a device that the host has not")
+	}
 }
 
 // Two containers write to the same volume, one of them to a directory of it.

@@ -265,6 +265,13 @@ func Mount(host, container string, options ...func(*cri.Mount)) ContainerOption 
 // ReadOnly is for Mount.
 func ReadOnly(m *cri.Mount) { m.Readonly = true }
 
+// Device gives the container a device of the host, as the kubelet does with a block volume; permissions are of r, w and m.
+func Device(host, container, permissions string) ContainerOption {
+	return func(c *cri.ContainerConfig) {
+		c.Devices = append(c.Devices, &cri.Device{HostPath: host, ContainerPath: container, Permissions: permissions})
+	}
+}
+
 // Security changes the container's security context.
 func Security(change func(*cri.LinuxContainerSecurityContext)) ContainerOption {
 	return func(c *cri.ContainerConfig) { change(c.Linux.SecurityContext) }
