@@ -86,6 +86,7 @@ type Machine struct {
 	highEnd  memory.GuestAddress // first address above everything that has memory
 	ram      uint64              // that the guest booted with, in bytes
 	hot      *hotMemory          // nil: there is none
+	pmem     []*pmemWindow       // changed with plug held
 
 	pci  *pci.Bus
 	uart *uart
@@ -299,7 +300,8 @@ func (m *Machine) Attach(d virtio.Device) (address string, err error) {
 	return addr.String(), nil
 }
 
-// Detach takes a device of Config.Devices, or an attached one, off the bus. The
+// Detach takes a device of Config.Devices, or an attached one, off the bus, and
+// what AttachPmem has mapped out of the guest's memory. The
 // guest should have let go of it before: to one that has not it is a device that
 // answers with ones. When Detach returns, nothing of the machine uses the device
 // any more; its address will be another's.
@@ -320,8 +322,13 @@ func (m *Machine) Detach(address string) error {
 	}
 	t.Remove()
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	delete(m.devices, addr)
+	m.mu.Unlock()
+	for _, w := range m.pmem {
+		if w.device != nil && t.Device == virtio.Device(w.device) {
+			return m.emptyPmem(w)
+		}
+	}
 	return nil
 }
 
