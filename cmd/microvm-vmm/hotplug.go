@@ -13,8 +13,9 @@ import (
 	virtionet "github.com/microvm-runtime/microvm/pkg/vmm/virtio/net"
 )
 
-// plugged is a device that can be detached: a NIC or a disk.
+// plugged is a device that can be detached: a NIC, a disk or persistent memory.
 type plugged struct {
+	// device is nil for persistent memory, which is the machine's.
 	device virtio.Device
 	// traffic is what a NIC counts; nil for a disk.
 	traffic func() control.NICStats
@@ -46,6 +47,10 @@ func newNIC(nic control.NIC, taps []*os.File, log *slog.Logger) (plugged, error)
 
 // newDisk makes a disk over the file, which belongs to it.
 func newDisk(disk control.Disk, file *os.File, log *slog.Logger) (plugged, error) {
+	if disk.Pmem {
+		file.Close()
+		return plugged{}, errors.New("persistent memory can only be attached to a machine that runs")
+	}
 	device, err := blk.New(blk.Config{File: file, ReadOnly: disk.ReadOnly, Serial: disk.Serial, Log: log})
 	if err != nil {
 		file.Close()
@@ -95,11 +100,29 @@ func (m *machine) attachNIC(nic control.NIC, taps []*os.File) (address string, e
 }
 
 func (m *machine) attachDisk(disk control.Disk, file *os.File) (address string, err error) {
+	if disk.Pmem {
+		return m.attachPmem(disk, file)
+	}
 	p, err := newDisk(disk, file, m.log)
 	if err != nil {
 		return "", err
 	}
 	return m.attach(p)
+}
+
+// attachPmem maps the file, which is not needed open any more then.
+func (m *machine) attachPmem(disk control.Disk, file *os.File) (address string, err error) {
+	defer file.Close()
+	if !disk.ReadOnly || disk.Serial != "" {
+		return "", errors.New("persistent memory is read only, and has no serial")
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if address, err = m.AttachPmem(file); err != nil {
+		return "", err
+	}
+	m.plugged[address] = plugged{close: func() error { return nil }}
+	return address, nil
 }
 
 func (m *machine) attach(p plugged) (address string, err error) {

@@ -169,6 +169,12 @@ func TestHotplug(t *testing.T) {
 		if err := m.detach(at); err != nil {
 			t.Fatal(err)
 		}
+		if at, err = m.attachDisk(control.Disk{ReadOnly: true, Pmem: true}, tempFile(t, "disk", make([]byte, 512))); at != next || err != nil {
+			t.Fatalf("persistent memory at %q, %v", at, err)
+		}
+		if err := m.detach(at); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if n := descriptors(t); n != before {
 		t.Errorf("%d descriptors became %d", before, n)
@@ -184,7 +190,15 @@ func TestHotplug(t *testing.T) {
 			_, err := m.attachNIC(control.NIC{MAC: "02:00:00:00:00:03"}, []*os.File{tempFile(t, "disk", nil)})
 			return err
 		},
-		"empty disk":     func() error { _, err := m.attachDisk(control.Disk{}, tempFile(t, "disk", nil)); return err },
+		"empty disk": func() error { _, err := m.attachDisk(control.Disk{}, tempFile(t, "disk", nil)); return err },
+		"empty persistent memory": func() error {
+			_, err := m.attachDisk(control.Disk{ReadOnly: true, Pmem: true}, tempFile(t, "disk", nil))
+			return err
+		},
+		"persistent memory to write to": func() error {
+			_, err := m.attachDisk(control.Disk{Pmem: true}, tempFile(t, "disk", make([]byte, 512)))
+			return err
+		},
 		"the console":    func() error { return m.detach("0000:00:01.0") },
 		"no such device": func() error { return m.detach(next) },
 	} {

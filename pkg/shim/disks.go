@@ -32,6 +32,9 @@ type hostDisk struct {
 	// exclusive keeps the host from mounting a block device meanwhile. Images
 	// have no such thing.
 	exclusive bool
+	// pmem is for a read-only image whose file system can do with persistent
+	// memory: guests then have the host's pages of it. It may be a disk after all.
+	pmem bool
 }
 
 func (d hostDisk) String() string {
@@ -40,6 +43,10 @@ func (d hostDisk) String() string {
 	}
 	return fmt.Sprintf("block device %d:%d", d.major, d.minor)
 }
+
+// maxPmem is the size of the largest image that becomes persistent memory: the
+// guest has a page structure, of 64 bytes, for each page of it.
+const maxPmem = 512 << 20
 
 // diskKey tells what is the same disk: a block device by its number, an image
 // by its inode.
@@ -169,7 +176,7 @@ func (s *sandbox) attachDisk(ctx context.Context, id string, h hostDisk) (string
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), diskTime)
 		defer cancel()
 		found = &disk{key: key, readOnly: readOnly}
-		if found.address, err = s.vm.AttachDisk(ctx, control.Disk{ReadOnly: readOnly}, file); err != nil {
+		if found.address, err = s.plugDisk(ctx, h, file, readOnly); err != nil {
 			return "", fmt.Errorf("%s: %w", h, err)
 		}
 		s.disks.list = append(s.disks.list, found)
@@ -180,6 +187,24 @@ func (s *sandbox) attachDisk(ctx context.Context, id string, h hostDisk) (string
 	}
 	s.disks.users[id] = append(s.disks.users[id], found)
 	return found.address, nil
+}
+
+// plugDisk attaches what was opened as the best kind of device for it.
+func (s *sandbox) plugDisk(ctx context.Context, h hostDisk, file *os.File, readOnly bool) (string, error) {
+	if h.pmem && readOnly {
+		info, err := file.Stat()
+		if err != nil {
+			return "", err
+		}
+		if info.Mode().IsRegular() && info.Size() <= maxPmem {
+			address, err := s.vm.AttachDisk(ctx, control.Disk{ReadOnly: true, Pmem: true}, file)
+			if err == nil {
+				return address, nil
+			}
+			log.L.WithError(err).Debugf("%s cannot be persistent memory", h)
+		}
+	}
+	return s.vm.AttachDisk(ctx, control.Disk{ReadOnly: readOnly}, file)
 }
 
 // attachDisks gives a container the disks of its plan, and tells the agent of

@@ -120,7 +120,7 @@ func TestRootfsOnDisk(t *testing.T) {
 	if err := f.createOn("c2", second, "ro"); err != nil {
 		t.Fatal(err)
 	}
-	if got := f.machine().attached(); !slices.Equal(got, []fakeDisk{{first, false, true}, {second, true, false}}) {
+	if got := f.machine().attached(); !slices.Equal(got, []fakeDisk{{first, false, true, false}, {second, true, false, false}}) {
 		t.Errorf("disks %+v", got)
 	}
 	r := f.agent.Request("c1")
@@ -135,7 +135,7 @@ func TestRootfsOnDisk(t *testing.T) {
 		t.Errorf("in the shared directory: %+v", f.tree.added["c1"])
 	}
 	f.endAll("c1")
-	if got := f.machine().attached(); !slices.Equal(got, []fakeDisk{{second, true, false}}) {
+	if got := f.machine().attached(); !slices.Equal(got, []fakeDisk{{second, true, false, false}}) {
 		t.Errorf("disks %+v", got)
 	}
 	calls := f.agent.Calls()
@@ -160,10 +160,10 @@ func TestDiskIsShared(t *testing.T) {
 		id, option string
 		want       []fakeDisk
 	}{
-		{"c1", "ro", []fakeDisk{{path, true, false}}},
-		{"c2", "ro", []fakeDisk{{path, true, false}}},
-		{"c3", "rw", []fakeDisk{{path, true, false}, {path, false, true}}},
-		{"c4", "ro", []fakeDisk{{path, true, false}, {path, false, true}}},
+		{"c1", "ro", []fakeDisk{{path, true, false, false}}},
+		{"c2", "ro", []fakeDisk{{path, true, false, false}}},
+		{"c3", "rw", []fakeDisk{{path, true, false, false}, {path, false, true, false}}},
+		{"c4", "ro", []fakeDisk{{path, true, false, false}, {path, false, true, false}}},
 	} {
 		if err := f.createOn(step.id, path, step.option); err != nil {
 			t.Fatal(err)
@@ -180,6 +180,43 @@ func TestDiskIsShared(t *testing.T) {
 	if got := f.machine().attached(); len(got) != 0 {
 		t.Errorf("disks %+v are left", got)
 	}
+}
+
+// Image layers are persistent memory where they can be, once for all containers.
+func TestRootfsOfErofs(t *testing.T) {
+	f := newFixture(t)
+	f.create("c0", "sleep")
+	lower, upper, other := image(t, "lower"), image(t, "upper"), image(t, "other")
+	create := func(id, writable string) {
+		t.Helper()
+		_, err := f.Create(t.Context(), &taskapi.CreateTaskRequest{ID: id, Bundle: f.bundle(nil, "sleep"), Rootfs: []*types.Mount{
+			{Type: "ext4", Source: writable, Options: []string{"rw", "loop"}},
+			{Type: "erofs", Source: lower, Options: []string{"ro", "loop"}},
+			{Type: "format/mkdir/overlay", Source: "overlay", Options: []string{"upperdir={{ mount 0 }}/upper", "workdir={{ mount 0 }}/work", "lowerdir={{ mount 1 }}"}},
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	create("c1", upper)
+	create("c2", other)
+	if got := f.machine().attached(); !slices.Equal(got, []fakeDisk{{upper, false, true, false}, {lower, true, false, true}, {other, false, true, false}}) {
+		t.Errorf("disks %+v", got)
+	}
+	var addresses []string
+	for _, s := range f.agent.Request("c2").GetStorages() {
+		addresses = append(addresses, strings.Join(s.GetPciAddresses(), "+"))
+	}
+	if !slices.Equal(addresses, []string{"0000:00:1a.0", "0000:00:19.0", ""}) {
+		t.Errorf("storages on %q", addresses)
+	}
+	f.endAll("c1", "c2")
+	f.machine().pmemError = errors.New("no room")
+	create("c3", upper)
+	if got := f.machine().attached(); !slices.Equal(got, []fakeDisk{{upper, false, true, false}, {lower, true, false, false}}) {
+		t.Errorf("disks %+v", got)
+	}
+	f.endAll("c3", "c0")
 }
 
 func TestDiskThatCannotBe(t *testing.T) {

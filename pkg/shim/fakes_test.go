@@ -41,6 +41,8 @@ type fakeMachine struct {
 	pid    int
 	// attachError makes AttachNIC and AttachDisk fail.
 	attachError error
+	// pmemError makes AttachDisk fail for persistent memory.
+	pmemError error
 
 	mu      sync.Mutex
 	conns   []*net.UnixConn // the guest's ends
@@ -105,13 +107,14 @@ func (m *fakeMachine) Detach(_ context.Context, address string) error {
 type fakeDisk struct {
 	path               string
 	readOnly, writable bool
+	pmem               bool
 }
 
 func (m *fakeMachine) AttachDisk(_ context.Context, disk control.Disk, file *os.File) (string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.attachError != nil {
-		return "", m.attachError
+	if m.attachError != nil || disk.Pmem && m.pmemError != nil {
+		return "", errors.Join(m.attachError, m.pmemError)
 	}
 	flags, err := unix.FcntlInt(file.Fd(), unix.F_GETFL, 0)
 	if err != nil {
@@ -124,7 +127,7 @@ func (m *fakeMachine) AttachDisk(_ context.Context, disk control.Disk, file *os.
 	for slot := 0x18; ; slot++ {
 		address := fmt.Sprintf("0000:00:%02x.0", slot)
 		if _, taken := m.disks[address]; !taken {
-			m.disks[address] = fakeDisk{path, disk.ReadOnly, flags&unix.O_ACCMODE == unix.O_RDWR}
+			m.disks[address] = fakeDisk{path, disk.ReadOnly, flags&unix.O_ACCMODE == unix.O_RDWR, disk.Pmem}
 			return address, nil
 		}
 	}

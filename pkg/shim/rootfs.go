@@ -111,8 +111,12 @@ func diskStorage(m mount.Mount) (*storage, error) {
 		// Snapshots of one image have one UUID, and two may be in one guest.
 		s.request.Options = append(s.request.Options, "nouuid")
 	}
+	if m.Type == "erofs" {
+		// Without effect where the device, or the image, has no use for it.
+		s.request.Options = append(s.request.Options, "dax=always")
+	}
 	for _, path := range append([]string{m.Source}, blobs...) {
-		s.disks = append(s.disks, hostDisk{path: path, readOnly: readOnly, exclusive: !readOnly})
+		s.disks = append(s.disks, hostDisk{path: path, readOnly: readOnly, exclusive: !readOnly, pmem: m.Type == "erofs"})
 	}
 	return s, nil
 }

@@ -23,6 +23,9 @@ func describeRootfs(r *guestRootfs) string {
 			if d.readOnly {
 				mode = "ro"
 			}
+			if d.pmem != (s.request.Fstype == "erofs") {
+				mode += " not as it should be"
+			}
 			if d.exclusive {
 				mode += " exclusive"
 			}
@@ -70,31 +73,31 @@ func TestPlanGuestRootfs(t *testing.T) {
 		{name: "xfs without nouuid", mounts: []mount.Mount{{Type: "xfs", Source: "/snapshots/1"}},
 			want: []string{"xfs [nouuid] /snapshots/1 rw exclusive on " + at + "0", "root " + at + "0"}},
 		{name: "one erofs layer, to look at", mounts: []mount.Mount{erofs("1")},
-			want: []string{"erofs [ro] /layers/1 ro on " + at + "0", "root " + at + "0"}},
+			want: []string{"erofs [ro,dax=always] /layers/1 ro on " + at + "0", "root " + at + "0"}},
 		{name: "erofs with a writable layer in an image", mounts: []mount.Mount{writable, erofs("2"), erofs("1"), overlay(append(upper, "lowerdir={{ overlay 1 2 }}")...)},
 			want: []string{
 				"ext4 [rw] /snapshots/1/rwlayer.img rw exclusive on " + at + "0",
-				"erofs [ro] /layers/2 ro on " + at + "1",
-				"erofs [ro] /layers/1 ro on " + at + "2",
+				"erofs [ro,dax=always] /layers/2 ro on " + at + "1",
+				"erofs [ro,dax=always] /layers/1 ro on " + at + "2",
 				"overlay [workdir=" + at + "0/work,upperdir=" + at + "0/upper,lowerdir=" + at + "1:" + at + "2] mkdir " + at + "0/upper 755, mkdir " + at + "0/work 755 on " + at + "3",
 				"root " + at + "3",
 			}},
 		{name: "erofs, merged", mounts: []mount.Mount{writable, erofs("meta", "device=/layers/1", "device=/layers/2"), overlay(append(upper, "lowerdir={{ mount 1 }}")...)},
 			want: []string{
 				"ext4 [rw] /snapshots/1/rwlayer.img rw exclusive on " + at + "0",
-				"erofs [ro] /layers/meta ro, /layers/1 ro, /layers/2 ro on " + at + "1",
+				"erofs [ro,dax=always] /layers/meta ro, /layers/1 ro, /layers/2 ro on " + at + "1",
 				"overlay [workdir=" + at + "0/work,upperdir=" + at + "0/upper,lowerdir=" + at + "1] mkdir " + at + "0/upper 755, mkdir " + at + "0/work 755 on " + at + "2",
 				"root " + at + "2",
 			}},
 		{name: "erofs, one layer to look at", mounts: []mount.Mount{erofs("1"), {Type: "format/bind", Source: "{{ mount 0 }}", Options: []string{"ro", "rbind"}}},
-			want: []string{"erofs [ro] /layers/1 ro on " + at + "0", "root " + at + "0"}},
+			want: []string{"erofs [ro,dax=always] /layers/1 ro on " + at + "0", "root " + at + "0"}},
 		{name: "erofs, layers to look at", mounts: []mount.Mount{erofs("2"), erofs("1"), overlay("ro", "lowerdir={{ overlay 0 1 }}")},
 			want: []string{
-				"erofs [ro] /layers/2 ro on " + at + "0", "erofs [ro] /layers/1 ro on " + at + "1",
+				"erofs [ro,dax=always] /layers/2 ro on " + at + "0", "erofs [ro,dax=always] /layers/1 ro on " + at + "1",
 				"overlay [ro,lowerdir=" + at + "0:" + at + "1]  on " + at + "2", "root " + at + "2",
 			}},
 		{name: "erofs that says rw", mounts: []mount.Mount{{Type: "erofs", Source: "/layers/1", Options: []string{"rw"}}},
-			want: []string{"erofs [rw] /layers/1 ro on " + at + "0", "root " + at + "0"}},
+			want: []string{"erofs [rw,dax=always] /layers/1 ro on " + at + "0", "root " + at + "0"}},
 
 		// The host's part.
 		{name: "erofs with a writable layer in directories", mounts: []mount.Mount{erofs("2"), erofs("1"), overlay("workdir=/snapshots/1/work", "upperdir=/snapshots/1/fs", "lowerdir={{ overlay 0 1 }}")},

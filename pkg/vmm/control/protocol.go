@@ -88,6 +88,9 @@ type Disk struct {
 	ReadOnly bool `json:"read_only,omitempty"`
 	// Serial is what the guest reads as the device's id, at most 20 bytes.
 	Serial string `json:"serial,omitempty"`
+	// Pmem makes it a virtio-pmem device instead, over a regular file that is not
+	// large, does not shrink, and is read only. It is for AttachDisk.
+	Pmem bool `json:"pmem,omitempty"`
 }
 
 // NIC is a virtio-net device over tap descriptors: one FileTap for each queue
