@@ -5,7 +5,6 @@ package cri
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -70,16 +69,7 @@ func TestBlockVolume(t *testing.T) {
 	if err := os.WriteFile(file, make([]byte, 4<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
-	if err != nil {
-		t.Fatalf("losetup: %v: %s", err, out)
-	}
-	device := strings.TrimSpace(string(out))
-	t.Cleanup(func() {
-		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
-			t.Errorf("losetup: %v: %s", err, out)
-		}
-	})
+	device := node.LoopDevice(t, file)
 	p := n.Pod(t)
 	writer := p.Run(t, pods.Device(device, "/dev/xvda", "mrw"))
 	reader := p.Run(t, pods.Device(device, "/srv/raw", "r"))

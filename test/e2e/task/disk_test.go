@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -15,23 +14,6 @@ import (
 
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 )
-
-func command(t *testing.T, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s: %v: %s", strings.Join(args, " "), err, out)
-	}
-	return strings.TrimSpace(string(out))
-}
-
-// loopDevice makes a file a block device of the host's until the end of the test.
-func loopDevice(t *testing.T, file string) string {
-	t.Helper()
-	device := command(t, "losetup", "--find", "--show", file)
-	t.Cleanup(func() { command(t, "losetup", "--detach", device) })
-	return device
-}
 
 // A block device of the host, read, written and discarded; taken away with the container, and given to the next one.
 func TestBlockDevice(t *testing.T) {
@@ -42,7 +24,7 @@ func TestBlockDevice(t *testing.T) {
 	if err := os.WriteFile(file, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	device := loopDevice(t, file)
+	device := node.LoopDevice(t, file)
 	script := fmt.Sprintf(`set -e
 		blockdev --getsize64 %[1]s
 		head -c 5 %[1]s
@@ -62,23 +44,6 @@ func TestBlockDevice(t *testing.T) {
 	n.Run(t, nil, "dd", "if="+device, "count=1").WantError(t, device)
 }
 
-// diskNode is a node whose containers have file systems of their own in images, by the snapshotter blockfile or erofs.
-func diskNode(t *testing.T, snapshotter string) *node.Node {
-	t.Helper()
-	dir, err := os.MkdirTemp("/var/tmp", "e2e")
-	if err != nil {
-		t.Fatal(err)
-	}
-	scratch := filepath.Join(dir, "blockfile.ext4")
-	command(t, "truncate", "--size", "32M", scratch)
-	command(t, "mkfs.ext4", "-q", scratch)
-	// The mount manager calls this one's mkfs, and the kernel's module is not loaded by a snapshotter.
-	_ = exec.Command("modprobe", "erofs").Run()
-	n := node.New(t, dir)
-	n.Import(t, node.Busybox, snapshotter)
-	return n
-}
-
 // useOwnDisk runs a container that writes to its root file system, and has a second task find what the first one wrote.
 func useOwnDisk(t *testing.T, n *node.Node, snapshotter, fstype string) {
 	t.Helper()
@@ -92,7 +57,7 @@ func useOwnDisk(t *testing.T, n *node.Node, snapshotter, fstype string) {
 
 // The image of a root file system is left as one that was unmounted.
 func TestBlockfile(t *testing.T) {
-	n := diskNode(t, "blockfile")
+	n := node.WithDisks(t, "blockfile")
 	before, err := filepath.Glob(n.Path("root/io.containerd.snapshotter.v1.blockfile/snapshots/*"))
 	if err != nil {
 		t.Fatal(err)
@@ -103,14 +68,14 @@ func TestBlockfile(t *testing.T) {
 		t.Fatalf("snapshots %q, then %q, %v", before, after, err)
 	}
 	for _, image := range after {
-		if state := command(t, "dumpe2fs", "-h", image); strings.Contains(state, "needs_recovery") {
+		if state := node.Tool(t, "dumpe2fs", "-h", image); strings.Contains(state, "needs_recovery") {
 			t.Errorf("%s was not unmounted: %s", image, state)
 		}
-		command(t, "e2fsck", "-fn", image)
+		node.Tool(t, "e2fsck", "-fn", image)
 	}
 }
 
 func TestErofs(t *testing.T) {
-	n := diskNode(t, "erofs")
+	n := node.WithDisks(t, "erofs")
 	useOwnDisk(t, n, "erofs", "overlay")
 }
