@@ -76,7 +76,7 @@ unit: ## tests that run anywhere, tiny guests on /dev/kvm among them, under the 
 
 .PHONY: privileged
 privileged: ## tests that mount and make cgroups and network namespaces on this host: they need root
-	go test -count=1 -tags privileged ./pkg/shim/... ./pkg/agent ./pkg/vmm/virtio/fs/passthrough
+	go test -count=1 -tags privileged ./pkg/shim/... ./pkg/agent ./pkg/vmm/virtio/fs/passthrough ./pkg/vmm/virtio/blk
 
 .PHONY: test-agent
 test-agent: kernel ## the agent's tests, as the first process of a machine under QEMU's emulation

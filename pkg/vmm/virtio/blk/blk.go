@@ -19,6 +19,7 @@ const (
 	featureReadOnly    = 1 << 5
 	featureBlkSize     = 1 << 6
 	featureFlush       = 1 << 9
+	featureTopology    = 1 << 10
 	featureDiscard     = 1 << 13
 	featureWriteZeroes = 1 << 14
 )
@@ -90,6 +91,9 @@ func New(c Config) (*Device, error) {
 	le.PutUint64(d.config[0:], k.sectors)
 	le.PutUint32(d.config[12:], segMax)
 	le.PutUint32(d.config[20:], k.blockSize)
+	d.config[24], d.config[25] = k.topology.physicalBlockExp, k.topology.alignmentOffset
+	le.PutUint16(d.config[26:], k.topology.minIOSize)
+	le.PutUint32(d.config[28:], k.topology.optIOSize)
 	if !c.ReadOnly {
 		le.PutUint32(d.config[36:], maxDiscardSectors)
 		le.PutUint32(d.config[40:], maxDiscardSegments)
@@ -106,10 +110,14 @@ func (*Device) Type() uint16 { return virtio.TypeBlock }
 
 // Features implements virtio.Device.
 func (d *Device) Features() uint64 {
-	if d.readOnly {
-		return featureSegMax | featureBlkSize | featureFlush | featureReadOnly
+	features := uint64(featureSegMax | featureBlkSize | featureFlush)
+	if d.disk.device {
+		features |= featureTopology
 	}
-	return featureSegMax | featureBlkSize | featureFlush | featureDiscard | featureWriteZeroes
+	if d.readOnly {
+		return features | featureReadOnly
+	}
+	return features | featureDiscard | featureWriteZeroes
 }
 
 // QueueSizes implements virtio.Device.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
+	"math/bits"
 	"os"
 	"sync"
 	"time"
@@ -19,7 +21,19 @@ type disk struct {
 	sectors     uint64 // capacity in units of 512 bytes
 	blockSize   uint32 // bytes
 	discardUnit uint32 // bytes
+	topology    topology
+	device      bool // a block device
 	errors      errorLog
+}
+
+// topology is of a block device what its readers and writers should know for
+// speed, in units of struct virtio_blk_topology, section 5.2.4: as the host has
+// it, or zero.
+type topology struct {
+	physicalBlockExp uint8  // logical blocks in a physical one, as a power of two
+	alignmentOffset  uint8  // of the first physical block, in logical ones
+	minIOSize        uint16 // in logical blocks
+	optIOSize        uint32 // in logical blocks
 }
 
 // openDisk finds out what file is.
@@ -56,8 +70,15 @@ func openDisk(file *os.File, readOnly bool, log *slog.Logger) (*disk, error) {
 			return nil, fmt.Errorf("logical block size: %w", err)
 		}
 		size = uint64(end)
+		d.device = true
 		d.blockSize = uint32(block)
 		d.discardUnit = uint32(block)
+		if d.blockSize < sectorSize || d.blockSize&(d.blockSize-1) != 0 {
+			return nil, fmt.Errorf("logical block size of %d bytes", d.blockSize)
+		}
+		if d.topology, err = readTopology(d.fd, d.blockSize); err != nil {
+			return nil, err
+		}
 	default:
 		return nil, errors.New("neither a regular file nor a block device")
 	}
@@ -66,6 +87,30 @@ func openDisk(file *os.File, readOnly bool, log *slog.Logger) (*disk, error) {
 	}
 	d.sectors = size / sectorSize
 	return d, nil
+}
+
+// readTopology asks a block device.
+func readTopology(fd int, blockSize uint32) (t topology, err error) {
+	var values [4]uint32
+	for i, request := range []uint{unix.BLKPBSZGET, unix.BLKALIGNOFF, unix.BLKIOMIN, unix.BLKIOOPT} {
+		// All of them write an int, of which BLKALIGNOFF may be -1: misaligned.
+		value, err := unix.IoctlGetUint32(fd, request)
+		if err != nil {
+			return t, fmt.Errorf("topology of the block device: %w", err)
+		}
+		values[i] = value
+	}
+	if n := values[0] / blockSize; n > 1 {
+		t.physicalBlockExp = uint8(bits.Len32(n) - 1)
+	}
+	if n := values[1] / blockSize; n <= math.MaxUint8 {
+		t.alignmentOffset = uint8(n)
+	}
+	if n := values[2] / blockSize; n <= math.MaxUint16 {
+		t.minIOSize = uint16(n)
+	}
+	t.optIOSize = values[3] / blockSize
+	return t, nil
 }
 
 // extent checks that length bytes at the sector are whole sectors on the disk,
@@ -122,7 +167,14 @@ func (d *disk) sync() error {
 
 // discard gives the range back to the host. Not every file system can.
 func (d *disk) discard(offset, length int64) error {
-	err := d.fallocate(unix.FALLOC_FL_PUNCH_HOLE, offset, length)
+	var err error
+	if d.device {
+		// To punch a hole in one is to write zeroes, which not all do that can
+		// discard (block/fops.c, blkdev_fallocate).
+		err = retry(func() error { return discardBlocks(d.fd, uint64(offset), uint64(length)) })
+	} else {
+		err = d.fallocate(unix.FALLOC_FL_PUNCH_HOLE, offset, length)
+	}
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return errUnsupported
 	}
