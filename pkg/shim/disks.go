@@ -97,7 +97,12 @@ func openDisk(sys, dev string, d hostDisk) (file *os.File, key diskKey, readOnly
 	fd := -1
 	if !readOnly {
 		fd, err = unix.Open(self, flags|unix.O_RDWR, 0)
-		readOnly = key.block && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS))
+		if key.block && isProtected(fd, err) {
+			readOnly = true
+			if err == nil {
+				unix.Close(fd)
+			}
+		}
 	}
 	if readOnly {
 		fd, err = unix.Open(self, flags|unix.O_RDONLY, 0)
@@ -106,6 +111,17 @@ func openDisk(sys, dev string, d hostDisk) (file *os.File, key diskKey, readOnly
 		return nil, key, false, diskError(path, err)
 	}
 	return os.NewFile(uintptr(fd), path), key, readOnly, nil
+}
+
+// isProtected says whether a block device, which was opened to be written, cannot
+// be. With some drivers that shows when it is opened, with others not before it
+// is written.
+func isProtected(fd int, openError error) bool {
+	if openError != nil {
+		return errors.Is(openError, unix.EACCES) || errors.Is(openError, unix.EROFS)
+	}
+	protected, err := unix.IoctlGetInt(fd, unix.BLKROGET)
+	return err == nil && protected != 0
 }
 
 func diskError(path string, err error) error {

@@ -347,3 +347,47 @@ func TestRootfsOfLayers(t *testing.T) {
 		t.Errorf("something is left: %v", err)
 	}
 }
+
+// Layers of erofs and a writable layer in directories, as the snapshotter has it
+// by default.
+func TestRootfsOfErofs(t *testing.T) {
+	tree := newTree(t)
+	layer := func(names ...string) mount.Mount {
+		image := filepath.Join(t.TempDir(), "layer.erofs")
+		if out, err := exec.Command("mkfs.erofs", "--quiet", image, files(t, names...)).CombinedOutput(); err != nil {
+			t.Fatalf("mkfs.erofs: %v: %s", err, out)
+		}
+		return mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
+	}
+	// An overlay cannot be the upper layer of another: not on every root there is.
+	snapshot := filepath.Join(tree.path, "..", "snapshot")
+	if err := os.Mkdir(snapshot, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", snapshot, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(snapshot, unix.MNT_DETACH)
+	for _, dir := range []string{"fs", "work"} {
+		if err := os.Mkdir(filepath.Join(snapshot, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mounts := []mount.Mount{layer("top"), layer("bottom"), {Type: "format/mkdir/overlay", Source: "overlay", Options: []string{
+		"workdir=" + snapshot + "/work", "upperdir=" + snapshot + "/fs", "lowerdir={{ overlay 0 1 }}",
+	}}}
+	if err := tree.Add("c1", Rootfs{Mounts: mounts}, nil); err != nil {
+		t.Fatal(err)
+	}
+	read(t, tree, "c1/rootfs/top", "top")
+	read(t, tree, "c1/rootfs/bottom", "bottom")
+	if err := os.Remove(filepath.Join(tree.path, "c1/rootfs/bottom")); err != nil {
+		t.Error(err)
+	}
+	if err := tree.Remove("c1"); err != nil {
+		t.Fatal(err)
+	}
+	if loops, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(loops), "layer.erofs") {
+		t.Errorf("mounts are left: %s, %v", loops, err)
+	}
+}
