@@ -57,6 +57,10 @@ type container struct {
 	// and libcontainer waits for it with a lock which the resume would need.
 	running sync.Mutex
 
+	volumesMu sync.Mutex
+	volumes   map[uint32]*volume // by the number of the mount
+	ended     bool               // no volume is opened any more
+
 	mu        sync.Mutex
 	resources *specs.LinuxResources
 	execs     map[string]*process
@@ -278,6 +282,7 @@ func (c *container) destroy(ctx context.Context) error {
 
 // unmount unmounts all that was mounted for the container.
 func (c *container) unmount() error {
+	c.closeVolumes()
 	err := unmountBelow(c.shared)
 	return errors.Join(err, unmountStorages(c.storages))
 }

@@ -676,6 +676,60 @@ func (x *BlockDevice) GetPciAddress() string {
 	return ""
 }
 
+// VolumeRequest names a directory that is shared for a container: the number of
+// its mount.
+type VolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Mount         uint32                 `protobuf:"varint,2,opt,name=mount,proto3" json:"mount,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeRequest) Reset() {
+	*x = VolumeRequest{}
+	mi := &file_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeRequest) ProtoMessage() {}
+
+func (x *VolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeRequest.ProtoReflect.Descriptor instead.
+func (*VolumeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *VolumeRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *VolumeRequest) GetMount() uint32 {
+	if x != nil {
+		return x.Mount
+	}
+	return 0
+}
+
 type RemoveDeviceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PciAddress    string                 `protobuf:"bytes,1,opt,name=pci_address,json=pciAddress,proto3" json:"pci_address,omitempty"`
@@ -685,7 +739,7 @@ type RemoveDeviceRequest struct {
 
 func (x *RemoveDeviceRequest) Reset() {
 	*x = RemoveDeviceRequest{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -697,7 +751,7 @@ func (x *RemoveDeviceRequest) String() string {
 func (*RemoveDeviceRequest) ProtoMessage() {}
 
 func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -710,7 +764,7 @@ func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RemoveDeviceRequest) GetPciAddress() string {
@@ -730,7 +784,7 @@ type CreateProcessResponse struct {
 
 func (x *CreateProcessResponse) Reset() {
 	*x = CreateProcessResponse{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +796,7 @@ func (x *CreateProcessResponse) String() string {
 func (*CreateProcessResponse) ProtoMessage() {}
 
 func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +809,7 @@ func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProcessResponse.ProtoReflect.Descriptor instead.
 func (*CreateProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateProcessResponse) GetPid() uint32 {
@@ -778,7 +832,7 @@ type CreateExecRequest struct {
 
 func (x *CreateExecRequest) Reset() {
 	*x = CreateExecRequest{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +844,7 @@ func (x *CreateExecRequest) String() string {
 func (*CreateExecRequest) ProtoMessage() {}
 
 func (x *CreateExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +857,7 @@ func (x *CreateExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateExecRequest.ProtoReflect.Descriptor instead.
 func (*CreateExecRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateExecRequest) GetContainerId() string {
@@ -845,7 +899,7 @@ type ProcessRequest struct {
 
 func (x *ProcessRequest) Reset() {
 	*x = ProcessRequest{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +911,7 @@ func (x *ProcessRequest) String() string {
 func (*ProcessRequest) ProtoMessage() {}
 
 func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +924,7 @@ func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRequest.ProtoReflect.Descriptor instead.
 func (*ProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ProcessRequest) GetContainerId() string {
@@ -896,7 +950,7 @@ type StartProcessResponse struct {
 
 func (x *StartProcessResponse) Reset() {
 	*x = StartProcessResponse{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -908,7 +962,7 @@ func (x *StartProcessResponse) String() string {
 func (*StartProcessResponse) ProtoMessage() {}
 
 func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -921,7 +975,7 @@ func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProcessResponse.ProtoReflect.Descriptor instead.
 func (*StartProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StartProcessResponse) GetPid() uint32 {
@@ -942,7 +996,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -954,7 +1008,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -967,7 +1021,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WaitProcessResponse) GetExitStatus() uint32 {
@@ -997,7 +1051,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1009,7 +1063,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1022,7 +1076,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignalProcessRequest) GetContainerId() string {
@@ -1065,7 +1119,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1131,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1144,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ResizePtyRequest) GetContainerId() string {
@@ -1130,7 +1184,7 @@ type ContainerRequest struct {
 
 func (x *ContainerRequest) Reset() {
 	*x = ContainerRequest{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1142,7 +1196,7 @@ func (x *ContainerRequest) String() string {
 func (*ContainerRequest) ProtoMessage() {}
 
 func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1155,7 +1209,7 @@ func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerRequest.ProtoReflect.Descriptor instead.
 func (*ContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ContainerRequest) GetContainerId() string {
@@ -1174,7 +1228,7 @@ type ListProcessesResponse struct {
 
 func (x *ListProcessesResponse) Reset() {
 	*x = ListProcessesResponse{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1240,7 @@ func (x *ListProcessesResponse) String() string {
 func (*ListProcessesResponse) ProtoMessage() {}
 
 func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1253,7 @@ func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListProcessesResponse) GetProcesses() []*ProcessEntry {
@@ -1220,7 +1274,7 @@ type ProcessEntry struct {
 
 func (x *ProcessEntry) Reset() {
 	*x = ProcessEntry{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1232,7 +1286,7 @@ func (x *ProcessEntry) String() string {
 func (*ProcessEntry) ProtoMessage() {}
 
 func (x *ProcessEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1245,7 +1299,7 @@ func (x *ProcessEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessEntry.ProtoReflect.Descriptor instead.
 func (*ProcessEntry) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ProcessEntry) GetPid() uint32 {
@@ -1273,7 +1327,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1285,7 +1339,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1298,7 +1352,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UpdateContainerRequest) GetContainerId() string {
@@ -1325,7 +1379,7 @@ type ContainerStatsResponse struct {
 
 func (x *ContainerStatsResponse) Reset() {
 	*x = ContainerStatsResponse{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1391,7 @@ func (x *ContainerStatsResponse) String() string {
 func (*ContainerStatsResponse) ProtoMessage() {}
 
 func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1404,7 @@ func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatsResponse.ProtoReflect.Descriptor instead.
 func (*ContainerStatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ContainerStatsResponse) GetMetrics() *anypb.Any {
@@ -1368,7 +1422,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1434,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1393,7 +1447,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 type Event struct {
@@ -1409,7 +1463,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1421,7 +1475,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1434,7 +1488,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Event) GetTimestamp() *timestamppb.Timestamp {
@@ -1482,7 +1536,7 @@ type OOMKill struct {
 
 func (x *OOMKill) Reset() {
 	*x = OOMKill{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1494,7 +1548,7 @@ func (x *OOMKill) String() string {
 func (*OOMKill) ProtoMessage() {}
 
 func (x *OOMKill) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1507,7 +1561,7 @@ func (x *OOMKill) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OOMKill.ProtoReflect.Descriptor instead.
 func (*OOMKill) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *OOMKill) GetContainerId() string {
@@ -1531,7 +1585,7 @@ type Network struct {
 
 func (x *Network) Reset() {
 	*x = Network{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1543,7 +1597,7 @@ func (x *Network) String() string {
 func (*Network) ProtoMessage() {}
 
 func (x *Network) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1556,7 +1610,7 @@ func (x *Network) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Network.ProtoReflect.Descriptor instead.
 func (*Network) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Network) GetInterfaces() []*Interface {
@@ -1599,7 +1653,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1611,7 +1665,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1624,7 +1678,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Interface) GetPciAddress() string {
@@ -1692,7 +1746,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +1758,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +1771,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Address) GetPrefix() string {
@@ -1770,7 +1824,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1782,7 +1836,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1795,7 +1849,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Route) GetDestination() string {
@@ -1875,7 +1929,7 @@ type NextHop struct {
 
 func (x *NextHop) Reset() {
 	*x = NextHop{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1887,7 +1941,7 @@ func (x *NextHop) String() string {
 func (*NextHop) ProtoMessage() {}
 
 func (x *NextHop) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1900,7 +1954,7 @@ func (x *NextHop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
 func (*NextHop) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *NextHop) GetInterface() string {
@@ -1943,7 +1997,7 @@ type Neighbour struct {
 
 func (x *Neighbour) Reset() {
 	*x = Neighbour{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2009,7 @@ func (x *Neighbour) String() string {
 func (*Neighbour) ProtoMessage() {}
 
 func (x *Neighbour) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2022,7 @@ func (x *Neighbour) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
 func (*Neighbour) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Neighbour) GetInterface() string {
@@ -2004,7 +2058,7 @@ type ForwardRequest struct {
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2070,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2083,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ForwardRequest) GetStream() uint64 {
@@ -2065,7 +2119,7 @@ type ResizeSandboxRequest struct {
 
 func (x *ResizeSandboxRequest) Reset() {
 	*x = ResizeSandboxRequest{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2077,7 +2131,7 @@ func (x *ResizeSandboxRequest) String() string {
 func (*ResizeSandboxRequest) ProtoMessage() {}
 
 func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2090,7 +2144,7 @@ func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxRequest.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResizeSandboxRequest) GetCpus() uint32 {
@@ -2117,7 +2171,7 @@ type ResizeSandboxResponse struct {
 
 func (x *ResizeSandboxResponse) Reset() {
 	*x = ResizeSandboxResponse{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2129,7 +2183,7 @@ func (x *ResizeSandboxResponse) String() string {
 func (*ResizeSandboxResponse) ProtoMessage() {}
 
 func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2142,7 +2196,7 @@ func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ResizeSandboxResponse) GetCpus() uint32 {
@@ -2217,7 +2271,10 @@ const file_agent_proto_rawDesc = "" +
 	"\x05major\x18\x01 \x01(\x03R\x05major\x12\x14\n" +
 	"\x05minor\x18\x02 \x01(\x03R\x05minor\x12\x1f\n" +
 	"\vpci_address\x18\x03 \x01(\tR\n" +
-	"pciAddress\"6\n" +
+	"pciAddress\"H\n" +
+	"\rVolumeRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
+	"\x05mount\x18\x02 \x01(\rR\x05mount\"6\n" +
 	"\x13RemoveDeviceRequest\x12\x1f\n" +
 	"\vpci_address\x18\x01 \x01(\tR\n" +
 	"pciAddress\")\n" +
@@ -2317,7 +2374,7 @@ const file_agent_proto_rawDesc = "" +
 	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes\"P\n" +
 	"\x15ResizeSandboxResponse\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12#\n" +
-	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\xab\r\n" +
+	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\xf5\r\n" +
 	"\x05Agent\x12E\n" +
 	"\x04Info\x12\x1d.microvm.agent.v1.InfoRequest\x1a\x1e.microvm.agent.v1.InfoResponse\x12U\n" +
 	"\x10ConfigureSandbox\x12).microvm.agent.v1.ConfigureSandboxRequest\x1a\x16.google.protobuf.Empty\x12d\n" +
@@ -2329,7 +2386,8 @@ const file_agent_proto_rawDesc = "" +
 	"\rSignalProcess\x12&.microvm.agent.v1.SignalProcessRequest\x1a\x16.google.protobuf.Empty\x12G\n" +
 	"\tResizePty\x12\".microvm.agent.v1.ResizePtyRequest\x1a\x16.google.protobuf.Empty\x12I\n" +
 	"\rDeleteProcess\x12 .microvm.agent.v1.ProcessRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
-	"\fRemoveDevice\x12%.microvm.agent.v1.RemoveDeviceRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
+	"\fRemoveDevice\x12%.microvm.agent.v1.RemoveDeviceRequest\x1a\x16.google.protobuf.Empty\x12H\n" +
+	"\rVolumeChanged\x12\x1f.microvm.agent.v1.VolumeRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
 	"\rListProcesses\x12\".microvm.agent.v1.ContainerRequest\x1a'.microvm.agent.v1.ListProcessesResponse\x12L\n" +
 	"\x0ePauseContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
 	"\x0fResumeContainer\x12\".microvm.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12S\n" +
@@ -2354,7 +2412,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),             // 0: microvm.agent.v1.InfoRequest
 	(*InfoResponse)(nil),            // 1: microvm.agent.v1.InfoResponse
@@ -2365,100 +2423,103 @@ var file_agent_proto_goTypes = []any{
 	(*Storage)(nil),                 // 6: microvm.agent.v1.Storage
 	(*Directory)(nil),               // 7: microvm.agent.v1.Directory
 	(*BlockDevice)(nil),             // 8: microvm.agent.v1.BlockDevice
-	(*RemoveDeviceRequest)(nil),     // 9: microvm.agent.v1.RemoveDeviceRequest
-	(*CreateProcessResponse)(nil),   // 10: microvm.agent.v1.CreateProcessResponse
-	(*CreateExecRequest)(nil),       // 11: microvm.agent.v1.CreateExecRequest
-	(*ProcessRequest)(nil),          // 12: microvm.agent.v1.ProcessRequest
-	(*StartProcessResponse)(nil),    // 13: microvm.agent.v1.StartProcessResponse
-	(*WaitProcessResponse)(nil),     // 14: microvm.agent.v1.WaitProcessResponse
-	(*SignalProcessRequest)(nil),    // 15: microvm.agent.v1.SignalProcessRequest
-	(*ResizePtyRequest)(nil),        // 16: microvm.agent.v1.ResizePtyRequest
-	(*ContainerRequest)(nil),        // 17: microvm.agent.v1.ContainerRequest
-	(*ListProcessesResponse)(nil),   // 18: microvm.agent.v1.ListProcessesResponse
-	(*ProcessEntry)(nil),            // 19: microvm.agent.v1.ProcessEntry
-	(*UpdateContainerRequest)(nil),  // 20: microvm.agent.v1.UpdateContainerRequest
-	(*ContainerStatsResponse)(nil),  // 21: microvm.agent.v1.ContainerStatsResponse
-	(*EventsRequest)(nil),           // 22: microvm.agent.v1.EventsRequest
-	(*Event)(nil),                   // 23: microvm.agent.v1.Event
-	(*OOMKill)(nil),                 // 24: microvm.agent.v1.OOMKill
-	(*Network)(nil),                 // 25: microvm.agent.v1.Network
-	(*Interface)(nil),               // 26: microvm.agent.v1.Interface
-	(*Address)(nil),                 // 27: microvm.agent.v1.Address
-	(*Route)(nil),                   // 28: microvm.agent.v1.Route
-	(*NextHop)(nil),                 // 29: microvm.agent.v1.NextHop
-	(*Neighbour)(nil),               // 30: microvm.agent.v1.Neighbour
-	(*ForwardRequest)(nil),          // 31: microvm.agent.v1.ForwardRequest
-	(*ResizeSandboxRequest)(nil),    // 32: microvm.agent.v1.ResizeSandboxRequest
-	(*ResizeSandboxResponse)(nil),   // 33: microvm.agent.v1.ResizeSandboxResponse
-	nil,                             // 34: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),   // 35: google.protobuf.Timestamp
-	(*anypb.Any)(nil),               // 36: google.protobuf.Any
-	(*emptypb.Empty)(nil),           // 37: google.protobuf.Empty
+	(*VolumeRequest)(nil),           // 9: microvm.agent.v1.VolumeRequest
+	(*RemoveDeviceRequest)(nil),     // 10: microvm.agent.v1.RemoveDeviceRequest
+	(*CreateProcessResponse)(nil),   // 11: microvm.agent.v1.CreateProcessResponse
+	(*CreateExecRequest)(nil),       // 12: microvm.agent.v1.CreateExecRequest
+	(*ProcessRequest)(nil),          // 13: microvm.agent.v1.ProcessRequest
+	(*StartProcessResponse)(nil),    // 14: microvm.agent.v1.StartProcessResponse
+	(*WaitProcessResponse)(nil),     // 15: microvm.agent.v1.WaitProcessResponse
+	(*SignalProcessRequest)(nil),    // 16: microvm.agent.v1.SignalProcessRequest
+	(*ResizePtyRequest)(nil),        // 17: microvm.agent.v1.ResizePtyRequest
+	(*ContainerRequest)(nil),        // 18: microvm.agent.v1.ContainerRequest
+	(*ListProcessesResponse)(nil),   // 19: microvm.agent.v1.ListProcessesResponse
+	(*ProcessEntry)(nil),            // 20: microvm.agent.v1.ProcessEntry
+	(*UpdateContainerRequest)(nil),  // 21: microvm.agent.v1.UpdateContainerRequest
+	(*ContainerStatsResponse)(nil),  // 22: microvm.agent.v1.ContainerStatsResponse
+	(*EventsRequest)(nil),           // 23: microvm.agent.v1.EventsRequest
+	(*Event)(nil),                   // 24: microvm.agent.v1.Event
+	(*OOMKill)(nil),                 // 25: microvm.agent.v1.OOMKill
+	(*Network)(nil),                 // 26: microvm.agent.v1.Network
+	(*Interface)(nil),               // 27: microvm.agent.v1.Interface
+	(*Address)(nil),                 // 28: microvm.agent.v1.Address
+	(*Route)(nil),                   // 29: microvm.agent.v1.Route
+	(*NextHop)(nil),                 // 30: microvm.agent.v1.NextHop
+	(*Neighbour)(nil),               // 31: microvm.agent.v1.Neighbour
+	(*ForwardRequest)(nil),          // 32: microvm.agent.v1.ForwardRequest
+	(*ResizeSandboxRequest)(nil),    // 33: microvm.agent.v1.ResizeSandboxRequest
+	(*ResizeSandboxResponse)(nil),   // 34: microvm.agent.v1.ResizeSandboxResponse
+	nil,                             // 35: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),   // 36: google.protobuf.Timestamp
+	(*anypb.Any)(nil),               // 37: google.protobuf.Any
+	(*emptypb.Empty)(nil),           // 38: google.protobuf.Empty
 }
 var file_agent_proto_depIdxs = []int32{
-	34, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	35, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
-	25, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
+	35, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	36, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
+	26, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
 	3,  // 3: microvm.agent.v1.CreateContainerRequest.streams:type_name -> microvm.agent.v1.Streams
 	6,  // 4: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
 	8,  // 5: microvm.agent.v1.CreateContainerRequest.block_devices:type_name -> microvm.agent.v1.BlockDevice
 	5,  // 6: microvm.agent.v1.CreateContainerRequest.pid_namespace:type_name -> microvm.agent.v1.PIDNamespace
 	7,  // 7: microvm.agent.v1.Storage.directories:type_name -> microvm.agent.v1.Directory
 	3,  // 8: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
-	35, // 9: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
-	19, // 10: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
-	36, // 11: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
-	35, // 12: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
-	24, // 13: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
-	26, // 14: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
-	28, // 15: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
-	30, // 16: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
-	27, // 17: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
-	29, // 18: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
+	36, // 9: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	20, // 10: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
+	37, // 11: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
+	36, // 12: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
+	25, // 13: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
+	27, // 14: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
+	29, // 15: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
+	31, // 16: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
+	28, // 17: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
+	30, // 18: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
 	0,  // 19: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
 	2,  // 20: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
 	4,  // 21: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
-	11, // 22: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
-	12, // 23: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
-	12, // 24: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
-	15, // 25: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
-	16, // 26: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
-	12, // 27: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
-	9,  // 28: microvm.agent.v1.Agent.RemoveDevice:input_type -> microvm.agent.v1.RemoveDeviceRequest
-	17, // 29: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
-	17, // 30: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
-	17, // 31: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
-	20, // 32: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
-	17, // 33: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
-	37, // 34: microvm.agent.v1.Agent.SandboxStats:input_type -> google.protobuf.Empty
-	25, // 35: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
-	31, // 36: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
-	22, // 37: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
-	32, // 38: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
-	37, // 39: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
-	1,  // 40: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
-	37, // 41: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
-	10, // 42: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
-	37, // 43: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
-	13, // 44: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
-	14, // 45: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
-	37, // 46: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
-	37, // 47: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
-	37, // 48: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
-	37, // 49: microvm.agent.v1.Agent.RemoveDevice:output_type -> google.protobuf.Empty
-	18, // 50: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
-	37, // 51: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
-	37, // 52: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
-	37, // 53: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
-	21, // 54: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	21, // 55: microvm.agent.v1.Agent.SandboxStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	37, // 56: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
-	37, // 57: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
-	23, // 58: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
-	33, // 59: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
-	37, // 60: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
-	40, // [40:61] is the sub-list for method output_type
-	19, // [19:40] is the sub-list for method input_type
+	12, // 22: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
+	13, // 23: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
+	13, // 24: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
+	16, // 25: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
+	17, // 26: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
+	13, // 27: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
+	10, // 28: microvm.agent.v1.Agent.RemoveDevice:input_type -> microvm.agent.v1.RemoveDeviceRequest
+	9,  // 29: microvm.agent.v1.Agent.VolumeChanged:input_type -> microvm.agent.v1.VolumeRequest
+	18, // 30: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
+	18, // 31: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
+	18, // 32: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
+	21, // 33: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
+	18, // 34: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
+	38, // 35: microvm.agent.v1.Agent.SandboxStats:input_type -> google.protobuf.Empty
+	26, // 36: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
+	32, // 37: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
+	23, // 38: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
+	33, // 39: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
+	38, // 40: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
+	1,  // 41: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
+	38, // 42: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
+	11, // 43: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
+	38, // 44: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
+	14, // 45: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
+	15, // 46: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
+	38, // 47: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
+	38, // 48: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
+	38, // 49: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
+	38, // 50: microvm.agent.v1.Agent.RemoveDevice:output_type -> google.protobuf.Empty
+	38, // 51: microvm.agent.v1.Agent.VolumeChanged:output_type -> google.protobuf.Empty
+	19, // 52: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
+	38, // 53: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
+	38, // 54: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
+	38, // 55: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
+	22, // 56: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	22, // 57: microvm.agent.v1.Agent.SandboxStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	38, // 58: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
+	38, // 59: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
+	24, // 60: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
+	34, // 61: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
+	38, // 62: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
+	41, // [41:63] is the sub-list for method output_type
+	19, // [19:41] is the sub-list for method input_type
 	19, // [19:19] is the sub-list for extension type_name
 	19, // [19:19] is the sub-list for extension extendee
 	0,  // [0:19] is the sub-list for field type_name
@@ -2469,7 +2530,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[23].OneofWrappers = []any{
+	file_agent_proto_msgTypes[24].OneofWrappers = []any{
 		(*Event_OomKill)(nil),
 	}
 	type x struct{}
@@ -2478,7 +2539,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   35,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,6 +19,7 @@ type AgentService interface {
 	ResizePty(context.Context, *ResizePtyRequest) (*emptypb.Empty, error)
 	DeleteProcess(context.Context, *ProcessRequest) (*emptypb.Empty, error)
 	RemoveDevice(context.Context, *RemoveDeviceRequest) (*emptypb.Empty, error)
+	VolumeChanged(context.Context, *VolumeRequest) (*emptypb.Empty, error)
 	ListProcesses(context.Context, *ContainerRequest) (*ListProcessesResponse, error)
 	PauseContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
@@ -118,6 +119,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.RemoveDevice(ctx, &req)
 			},
+			"VolumeChanged": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req VolumeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.VolumeChanged(ctx, &req)
+			},
 			"ListProcesses": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ContainerRequest
 				if err := unmarshal(&req); err != nil {
@@ -216,6 +224,7 @@ type AgentClient interface {
 	ResizePty(context.Context, *ResizePtyRequest) (*emptypb.Empty, error)
 	DeleteProcess(context.Context, *ProcessRequest) (*emptypb.Empty, error)
 	RemoveDevice(context.Context, *RemoveDeviceRequest) (*emptypb.Empty, error)
+	VolumeChanged(context.Context, *VolumeRequest) (*emptypb.Empty, error)
 	ListProcesses(context.Context, *ContainerRequest) (*ListProcessesResponse, error)
 	PauseContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	ResumeContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
@@ -314,6 +323,14 @@ func (c *agentClient) DeleteProcess(ctx context.Context, req *ProcessRequest) (*
 func (c *agentClient) RemoveDevice(ctx context.Context, req *RemoveDeviceRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "RemoveDevice", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) VolumeChanged(ctx context.Context, req *VolumeRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "VolumeChanged", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -286,6 +286,7 @@ func (c *container) delete(ctx context.Context) error {
 	}
 	c.mu.Unlock()
 	p.remove(ctx)
+	c.sandbox.unwatchVolumes(c.id)
 	c.sandbox.releaseDisks(c.id)
 	if err := c.sandbox.tree.Remove(c.id); err != nil {
 		log.L.WithError(err).Errorf("container %s: its mounts are left until the sandbox ends", c.id)

@@ -219,6 +219,7 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 			}
 			return fmt.Errorf("container %s: %w", c.id, err)
 		}
+		s.sandbox.watchVolumes(ctx, c.id, plan.mounts)
 	}
 	connections.copy(streams)
 	c.init = newProcess(c, "", config, streams)

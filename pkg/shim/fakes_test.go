@@ -220,20 +220,29 @@ func (m *fakeMachine) loseAgent() {
 type fakeTree struct {
 	mu    sync.Mutex
 	added map[string]share.Rootfs
-	fail  error
-	open  bool
+	// mounts are those that were added last.
+	mounts map[string][]guestspec.Mount
+	fail   error
+	open   bool
 }
 
 func (t *fakeTree) Open() (*os.File, error) { return os.Open(os.DevNull) }
 
-func (t *fakeTree) Add(id string, rootfs share.Rootfs, _ []guestspec.Mount) error {
+func (t *fakeTree) Add(id string, rootfs share.Rootfs, mounts []guestspec.Mount) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.fail != nil {
 		return t.fail
 	}
 	t.added[id] = rootfs
+	t.mounts[id] = mounts
 	return nil
+}
+
+func (t *fakeTree) Mount(id string, n int) string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.mounts[id][n].Source
 }
 
 func (t *fakeTree) Remove(id string) error {
@@ -389,7 +398,7 @@ func newFixture(t *testing.T) *fixture {
 	f := &fixture{
 		t:     t,
 		agent: agenttest.New(),
-		tree:  &fakeTree{added: map[string]share.Rootfs{}},
+		tree:  &fakeTree{added: map[string]share.Rootfs{}, mounts: map[string][]guestspec.Mount{}},
 		net:   &fakeNetwork{links: map[string]string{}, joined: map[string]string{}, fail: map[string]error{}},
 		conf:  &config.Config{DefaultVCPUs: 1, DefaultMemory: 512 << 20, BootTimeout: time.Minute},
 		down:  make(chan struct{}),
@@ -424,6 +433,8 @@ func newFixture(t *testing.T) *fixture {
 		cpus:     4,
 		memory:   8 << 30,
 		patience: time.Minute,
+		// Not at all: the fake guest caches nothing.
+		volumeDelay: 0,
 	}
 	f.service = newService("ns", h, f.publish, func() { close(f.down) })
 	f.end = sync.OnceValue(f.service.stop)

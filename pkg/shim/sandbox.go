@@ -52,6 +52,8 @@ type host struct {
 	identify func(pid int) (state.Process, error)
 	// patience is how long a container may outlive SIGKILL.
 	patience time.Duration
+	// volumeDelay is from a change in a volume until the guest is told of it.
+	volumeDelay time.Duration
 }
 
 // placement is a shim that is in its sandbox's cgroup.
@@ -68,6 +70,7 @@ type placement struct {
 type tree interface {
 	Open() (*os.File, error)
 	Add(id string, rootfs share.Rootfs, mounts []guestspec.Mount) error
+	Mount(id string, n int) string
 	Remove(id string) error
 	Close() error
 }
@@ -88,9 +91,10 @@ type sandbox struct {
 	// info is the guest's own description of itself when it was ready.
 	info agentclient.Info
 	// shm is the host's directory that the guest's /dev/shm stands for.
-	shm   string
-	net   netState
-	disks disks
+	shm     string
+	net     netState
+	disks   disks
+	volumes volumes
 
 	halting sync.Mutex // held by halt
 
@@ -437,6 +441,7 @@ func (s *sandbox) halt(patience time.Duration) error {
 // stop ends the machine, if it runs. Nothing is left of the sandbox afterwards.
 func (s *sandbox) stop() error {
 	err := s.halt(powerOff)
+	s.closeVolumes()
 	s.leaveCgroup()
 	return errors.Join(err, s.closeNetwork(), s.tree.Close())
 }

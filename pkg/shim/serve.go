@@ -220,11 +220,12 @@ func (d *daemon) newHost(p *Program) (*host, error) {
 			}
 			return n, nil
 		},
-		record:   func(vmm state.Process) error { return d.update(func(r *state.Record) { r.VMM = vmm }) },
-		identify: state.Identify,
-		cpus:     runtime.NumCPU(),
-		memory:   info.Totalram * uint64(info.Unit),
-		patience: killPatience,
+		record:      func(vmm state.Process) error { return d.update(func(r *state.Record) { r.VMM = vmm }) },
+		identify:    state.Identify,
+		cpus:        runtime.NumCPU(),
+		memory:      info.Totalram * uint64(info.Unit),
+		patience:    killPatience,
+		volumeDelay: volumeDelay,
 	}, nil
 }
 

@@ -255,6 +255,14 @@ func (c *Client) RemoveDevice(ctx context.Context, pciAddress string) error {
 	return err
 }
 
+// VolumeChanged has the guest's inotify watches of a container's mount fire.
+func (c *Client) VolumeChanged(ctx context.Context, id string, mount int) error {
+	ctx, cancel := context.WithTimeout(ctx, quick)
+	defer cancel()
+	_, err := c.rpc.VolumeChanged(ctx, &agentproto.VolumeRequest{ContainerId: id, Mount: uint32(mount)})
+	return err
+}
+
 // Process is one of a container's, by its number in the guest.
 type Process struct {
 	Pid uint32

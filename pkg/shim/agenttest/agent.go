@@ -473,6 +473,13 @@ func (a *Agent) ResizePty(_ context.Context, r *agentproto.ResizePtyRequest) (*e
 	return &emptypb.Empty{}, err
 }
 
+func (a *Agent) VolumeChanged(_ context.Context, r *agentproto.VolumeRequest) (*emptypb.Empty, error) {
+	if reply, err := enter[emptypb.Empty](a, "VolumeChanged", r); reply != nil || err != nil {
+		return reply, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
 func (a *Agent) RemoveDevice(_ context.Context, r *agentproto.RemoveDeviceRequest) (*emptypb.Empty, error) {
 	if reply, err := enter[emptypb.Empty](a, "RemoveDevice", r); reply != nil || err != nil {
 		return reply, err

@@ -330,6 +330,11 @@ func in(namespace *os.File, f func() error) error {
 	return <-result
 }
 
+// Mount is the path of a container's n-th mount.
+func (t *Tree) Mount(id string, n int) string {
+	return filepath.Join(t.path, id, guestspec.MountsName, strconv.Itoa(n))
+}
+
 // Remove unmounts what Add has mounted. A file system that the guest still
 // holds open is unmounted as soon as it does not.
 func (t *Tree) Remove(id string) error {

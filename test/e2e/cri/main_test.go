@@ -5,9 +5,15 @@
 package cri
 
 import (
+	"os"
 	"testing"
 
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 )
 
-func TestMain(m *testing.M) { node.MainPods(m) }
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "watch" {
+		os.Exit(watch(os.Args[2]))
+	}
+	node.MainPods(m)
+}

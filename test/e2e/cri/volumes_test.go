@@ -3,6 +3,7 @@
 package cri
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -184,6 +185,85 @@ func TestSymlinkSwap(t *testing.T) {
 	}
 	if got := c.Get(t, "readlink /config/key; ls -A /config"); got != "..data/key\n..data\n..v3\nkey" {
 		t.Errorf("the volume: %q", got)
+	}
+}
+
+// watch is what this program does in a pod: it tells of the first change of a directory and of the file key that is in it by
+// then, as inotify sees them.
+func watch(dir string) int {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	names := map[int32]string{}
+	for name, path := range map[string]string{"directory": dir, "file": filepath.Join(dir, "key")} {
+		wd, err := unix.InotifyAddWatch(fd, path, unix.IN_ATTRIB|unix.IN_MOVED_TO|unix.IN_DELETE_SELF)
+		if err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		names[int32(wd)] = name
+	}
+	fmt.Println("watching")
+	buf := make([]byte, 4096)
+	for len(names) > 0 {
+		n, err := unix.Read(fd, buf)
+		if err != nil {
+			fmt.Println(err)
+			return 1
+		}
+		for b := buf[:n]; len(b) > 0; b = b[unix.SizeofInotifyEvent+binary.NativeEndian.Uint32(b[12:]):] {
+			wd := int32(binary.NativeEndian.Uint32(b))
+			if name, ok := names[wd]; ok {
+				content, err := os.ReadFile(filepath.Join(dir, "key"))
+				fmt.Printf("%s: %q %v\n", name, content, err)
+				delete(names, wd)
+			}
+		}
+	}
+	return 0
+}
+
+// inotify in the pod tells of the kubelet's update of a volume, and who looks then sees the new content.
+func TestVolumeInotify(t *testing.T) {
+	n := pods.For(t)
+	dir := t.TempDir()
+	version := func(name string) {
+		t.Helper()
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, name, "key"), name)
+		if err := os.Symlink(name, filepath.Join(dir, "..data_tmp")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	version("..v1")
+	if err := os.Symlink("..data/key", filepath.Join(dir, "key")); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := n.Pod(t).Run(t, pods.Mount(dir, "/config", pods.ReadOnly), pods.Mount(self, "/self", pods.ReadOnly), pods.Command("/self", "watch", "/config"))
+	node.Until(t, "the pod watches", func() bool { stdout, _ := c.Output(t); return stdout == "watching\n" })
+	version("..v2")
+	if err := os.RemoveAll(filepath.Join(dir, "..v1")); err != nil {
+		t.Fatal(err)
+	}
+	if code := c.Wait(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	stdout, _ := c.Output(t)
+	for _, name := range []string{"directory", "file"} {
+		if !strings.Contains(stdout, name+": \"..v2\" <nil>\n") {
+			t.Errorf("the watch of the %s: %s", name, stdout)
+		}
 	}
 }
 

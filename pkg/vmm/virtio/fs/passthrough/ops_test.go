@@ -628,6 +628,12 @@ func TestReadOnlyShare(t *testing.T) {
 	want(t, "MKDIR in a read-only mount", errno, unix.EROFS)
 	_, errno = rw.Setattr(dir.NodeID, fuse.SetattrIn{Valid: fuse.FattrMode, Mode: 0o700})
 	want(t, "SETATTR of a read-only mount", errno, unix.EROFS)
+	same, errno := rw.Setattr(dir.NodeID, fuse.SetattrIn{Valid: fuse.FattrMode, Mode: dir.Attr.Mode})
+	if errno != 0 || same.Mode != dir.Attr.Mode {
+		t.Errorf("SETATTR that changes nothing: mode %o, %v", same.Mode, errno)
+	}
+	_, errno = rw.Setattr(dir.NodeID, fuse.SetattrIn{Valid: fuse.FattrMode | fuse.FattrMtime, Mode: dir.Attr.Mode})
+	want(t, "SETATTR of the time in a read-only mount", errno, unix.EROFS)
 }
 
 func TestDeviceNumbers(t *testing.T) {
