@@ -44,12 +44,12 @@ func addDevices(spec *specs.Spec, dev string) error {
 		if !ok {
 			return nil
 		}
-		spec.Linux.Devices = append(spec.Linux.Devices, device(path, info.Mode(), stat))
+		spec.Linux.Devices = append(spec.Linux.Devices, deviceOf(path, info.Mode(), stat))
 		return nil
 	})
 }
 
-func device(path string, mode fs.FileMode, stat *syscall.Stat_t) specs.LinuxDevice {
+func deviceOf(path string, mode fs.FileMode, stat *syscall.Stat_t) specs.LinuxDevice {
 	d := specs.LinuxDevice{
 		Path: path, Type: "b",
 		Major: int64(unix.Major(stat.Rdev)), Minor: int64(unix.Minor(stat.Rdev)),
