@@ -108,6 +108,7 @@ func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContain
 		}
 	}
 
+	c.openShares(spec.Mounts)
 	config, err := libcontainerConfig(spec, c.id)
 	if err != nil {
 		return nil, err

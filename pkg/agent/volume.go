@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -65,6 +66,22 @@ func (c *container) volumeChanged(mount uint32) error {
 	v.close()
 	v.files, err = volumeFiles(dir)
 	return errors.Join(append(errs, err)...)
+}
+
+// openShares has the kernel mount what is shared for a container's mounts, here
+// and not in the container's namespace: each time that it goes to a mount of the
+// host's for the first time in a namespace it makes another file system of it,
+// whose watches know nothing of this one's events.
+func (c *container) openShares(mounts []specs.Mount) {
+	for _, m := range mounts {
+		if rel, err := filepath.Rel(c.shared, m.Source); err != nil || !filepath.IsLocal(rel) {
+			continue
+		}
+		// It may be a file, or not be there, of which libcontainer will tell.
+		if dir, err := openBelow(unix.AT_FDCWD, m.Source); err == nil {
+			dir.Close()
+		}
+	}
 }
 
 // closeVolumes lets go of what was remembered, which would keep the mounts.
