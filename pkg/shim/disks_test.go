@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -221,6 +222,13 @@ func TestRootfsOfErofs(t *testing.T) {
 
 func TestDiskThatCannotBe(t *testing.T) {
 	f := newFixture(t)
+	var refuse atomic.Bool
+	f.agent.Intercept = func(method string, _ any) (any, error) {
+		if method == "CreateContainer" && refuse.Load() {
+			return nil, errors.New("mount: no such file system")
+		}
+		return nil, nil
+	}
 	f.create("c0", "sleep")
 	noDisks := func(when string) {
 		t.Helper()
@@ -247,16 +255,11 @@ func TestDiskThatCannotBe(t *testing.T) {
 	}
 	m.attachError = nil
 	noDisks("no place on the bus")
-	f.agent.Intercept = func(method string, _ any) (any, error) {
-		if method == "CreateContainer" {
-			return nil, errors.New("mount: no such file system")
-		}
-		return nil, nil
-	}
+	refuse.Store(true)
 	if err := f.createOn("c1", image(t, "disk")); err == nil {
 		t.Error("the guest's error was lost")
 	}
-	f.agent.Intercept = nil
+	refuse.Store(false)
 	noDisks("the guest cannot")
 	f.endAll("c0")
 }
@@ -283,7 +286,6 @@ func TestGuestKeepsDisk(t *testing.T) {
 // the container that it makes nevertheless.
 func TestDiskOfAbandonedContainer(t *testing.T) {
 	f := newFixture(t)
-	f.create("c0", "sleep")
 	asked, goOn := make(chan struct{}), make(chan struct{})
 	f.agent.Intercept = func(method string, request any) (any, error) {
 		if r, ok := request.(*agentproto.CreateContainerRequest); ok && r.GetId() == "c1" {
@@ -292,6 +294,7 @@ func TestDiskOfAbandonedContainer(t *testing.T) {
 		}
 		return nil, nil
 	}
+	f.create("c0", "sleep")
 	ctx, cancel := context.WithCancel(t.Context())
 	failed := make(chan error)
 	go func() {
