@@ -18,6 +18,7 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/vmm/eventfd"
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
 	"github.com/microvm-runtime/microvm/pkg/vmm/pci"
+	"github.com/microvm-runtime/microvm/pkg/vmm/seccomp"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiopci"
 )
@@ -58,6 +59,9 @@ type Config struct {
 	// Log takes the machine's messages; what a guest can cause is limited in
 	// rate.
 	Log *slog.Logger
+	// VCPUFilter is put on each vCPU's thread before it runs the guest; nil: there
+	// is none. See VCPUSyscalls.
+	VCPUFilter seccomp.Filter
 	// Phase is called when the machine reaches "kernel-loaded" and
 	// "vcpus-running", once each. It may be nil.
 	Phase func(name string)
@@ -91,8 +95,9 @@ type Machine struct {
 	pci  *pci.Bus
 	uart *uart
 
-	newVCPU func(id int) (*vcpu, error)
-	maxVCPU int
+	newVCPU    func(id int) (*vcpu, error)
+	maxVCPU    int
+	vcpuFilter seccomp.Filter
 
 	ended chan struct{} // closed when exit is set
 	acks  chan struct{} // a vCPU parked or ended
@@ -164,7 +169,7 @@ func New(c Config) (_ *Machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	m.maxVCPU = c.MaxVCPUs
+	m.maxVCPU, m.vcpuFilter = c.MaxVCPUs, c.VCPUFilter
 	m.newVCPU = func(id int) (*vcpu, error) {
 		return m.createVCPU(id, guestCPUID(cpuid, id, c.MaxVCPUs, deadline > 0), entry)
 	}

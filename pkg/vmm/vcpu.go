@@ -97,6 +97,12 @@ var exitCounterNames = [numExitCounters]string{
 func (v *vcpu) run() {
 	runtime.LockOSThread()
 	m := v.m
+	if m.vcpuFilter != nil {
+		if err := m.vcpuFilter.Install(); err != nil {
+			m.finish(Exit{ExitError, fmt.Sprintf("vCPU %d: %v", v.id, err)})
+			return
+		}
+	}
 	m.mu.Lock()
 	v.tid = unix.Gettid()
 	m.mu.Unlock()

@@ -1,0 +1,42 @@
+package vmm
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/kvm"
+	"github.com/microvm-runtime/microvm/pkg/vmm/seccomp"
+)
+
+// Syscalls is what a running machine and its simple devices call, apart from what
+// Go's runtime does: packages with devices of their own add to it.
+func Syscalls() []seccomp.Rule {
+	rules := kvm.Syscalls()
+	rules = append(rules, eventSyscalls()...)
+	rules = append(rules, seccomp.Calls(
+		unix.SYS_PREAD64, // the kernel's statistics of a vCPU
+		unix.SYS_FSYNC,   // pmem
+	)...)
+	return append(rules,
+		// Hot-plugged memory becomes accessible.
+		seccomp.Rule{Call: unix.SYS_MPROTECT, Args: []seccomp.Arg{seccomp.Clear(2, unix.PROT_EXEC)}},
+		// The filter of a vCPU's thread: it can only take away.
+		seccomp.Rule{Call: unix.SYS_SECCOMP, Args: []seccomp.Arg{seccomp.Int(0, unix.SECCOMP_SET_MODE_FILTER)}},
+	)
+}
+
+// eventSyscalls is what it takes to make an eventfd, or another descriptor, that
+// Go's poller waits for.
+func eventSyscalls() []seccomp.Rule {
+	rules := seccomp.Calls(unix.SYS_EVENTFD2, unix.SYS_EPOLL_CTL)
+	for _, command := range []uint32{unix.F_GETFL, unix.F_SETFL} {
+		rules = append(rules, seccomp.Rule{Call: unix.SYS_FCNTL, Args: []seccomp.Arg{seccomp.Int(1, command)}})
+	}
+	return rules
+}
+
+// VCPUSyscalls is what a vCPU's own thread calls, apart from what Go's runtime does
+// there, and from what devices do when the guest's access to a register activates
+// or resets them.
+func VCPUSyscalls() []seccomp.Rule {
+	return append(kvm.VCPUSyscalls(), eventSyscalls()...)
+}
