@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
 // agentPort is the host's vsock port that the agent connects to when it is
@@ -29,6 +31,7 @@ func runByHand(log *slog.Logger, args []string) error {
 	tap := flags.String("tap", "", "tap interface, made if need be, to attach as eth0")
 	appendix := flags.String("append", "", "kernel parameters to add")
 	debug := flags.Bool("debug", false, "serial debug console with all kernel messages")
+	jailed := flags.Bool("jail", false, "run in a jail, with filters, as the shim does")
 	phases := flags.Bool("phases", false, "print when each phase of the start was reached")
 	flags.Parse(args)
 	if flags.NArg() > 0 {
@@ -57,7 +60,7 @@ func runByHand(log *slog.Logger, args []string) error {
 		open(control.FileImage, *image, unix.O_RDONLY))
 	if *share != "" {
 		config.SharedTag = "shared"
-		err = errors.Join(err, open(control.FileShared, *share, unix.O_PATH|unix.O_DIRECTORY))
+		err = errors.Join(err, open(fileShared, *share, unix.O_PATH|unix.O_DIRECTORY))
 	}
 	if *disk != "" {
 		config.Disks = []control.Disk{{ReadOnly: true}}
@@ -70,6 +73,10 @@ func runByHand(log *slog.Logger, args []string) error {
 	if err != nil {
 		return err
 	}
+	if *jailed {
+		return runJailed(config, files, *phases)
+	}
+	log.Warn("the machine is not jailed: a guest that takes over this process has all its rights; --jail changes that")
 	begin := time.Now()
 	phase := func(name string) {
 		if *phases {
@@ -95,7 +102,64 @@ func runByHand(log *slog.Logger, args []string) error {
 	if err != nil {
 		return err
 	}
-	exit := machine.run()
+	return ended(machine.run())
+}
+
+// byHandID is the user and group id of a VMM that is run by hand in a jail, below
+// those that shims use.
+const byHandID = 1999999999
+
+// runJailed does what a shim does: it starts this program again.
+func runJailed(config control.Config, files map[string]*os.File, phases bool) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	shared := files[fileShared]
+	if shared == nil { // then it is empty
+		dir, err := os.MkdirTemp("", "microvm")
+		if err != nil {
+			return err
+		}
+		defer os.Remove(dir)
+		if shared, err = os.Open(dir); err != nil {
+			return err
+		}
+	}
+	root, err := jail.Detached(fmt.Sprintf("/proc/self/fd/%d", shared.Fd()))
+	if err != nil {
+		return err
+	}
+	begin, options := time.Now(), control.Options{
+		Binary: self, ID: byHandID, Root: root, Config: config, Log: os.Stderr,
+		KVM: files[control.FileKVM], Kernel: files[control.FileKernel], Image: files[control.FileImage], Console: files[control.FileConsole],
+	}
+	if disk := files[control.FileDisk(0)]; disk != nil {
+		options.Disks = []*os.File{disk}
+	}
+	if tap := files[control.FileTap(0, 0)]; tap != nil {
+		options.Taps = [][]*os.File{{tap}}
+	}
+	vmm, err := control.Launch(context.Background(), options)
+	if err != nil {
+		return err
+	}
+	if phases {
+		fmt.Fprintf(os.Stderr, "%10.3f ms  vCPUs run, in process %d\n", float64(time.Since(begin).Microseconds())/1000, vmm.Pid())
+	}
+	// The agent finds somebody to connect to, who says nothing.
+	go func() {
+		for {
+			if _, err := vmm.Accept(context.Background(), agentPort); err != nil {
+				return
+			}
+		}
+	}()
+	return ended(vmm.Exit())
+}
+
+// ended says how a machine ended, and fails unless it powered itself off.
+func ended(exit control.Exit) error {
 	fmt.Fprintf(os.Stderr, "machine ended: %s\n", exit)
 	if exit.Reason != control.ReasonPowerOff {
 		os.Exit(2)

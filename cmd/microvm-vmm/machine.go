@@ -12,8 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/microvm-runtime/microvm/pkg/vmm"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
@@ -26,6 +24,13 @@ import (
 
 // phaseRunning is the phase at which the guest has begun.
 const phaseRunning = "vcpus-running"
+
+// Roles of files that do not come with the boot request, but from where the
+// machine is run.
+const (
+	fileShared     = "shared"       // O_PATH: the directory to share
+	fileProcSelfFD = "proc-self-fd" // /proc/self/fd, if that path cannot be opened
+)
 
 // guestCID is the guest's vsock address. Each guest has its own host, so they
 // all have the first one that is free for guests.
@@ -50,6 +55,8 @@ type hooks struct {
 	accept func(port uint32) (*os.File, error)
 	// running is called when the vCPUs run.
 	running func()
+	// confined says that the vCPUs' threads get their filter.
+	confined bool
 }
 
 // assemble makes the machine that config describes from the files that came
@@ -83,7 +90,7 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 		m.vsock,
 	}
 	if config.SharedTag != "" {
-		share, err := newShare(config.SharedTag, files[control.FileShared], log)
+		share, err := newShare(config.SharedTag, files[fileShared], files[fileProcSelfFD], log)
 		if err != nil {
 			return nil, err
 		}
@@ -115,6 +122,11 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 			}
 		},
 	}
+	if h.confined {
+		if vc.VCPUFilter, err = vcpuFilter(); err != nil {
+			return nil, err
+		}
+	}
 	if config.DebugConsole {
 		vc.DebugConsole = files[control.FileConsole]
 	}
@@ -127,17 +139,11 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	return m, nil
 }
 
-func newShare(tag string, root *os.File, log *slog.Logger) (*fs.Device, error) {
+func newShare(tag string, root, procSelfFD *os.File, log *slog.Logger) (*fs.Device, error) {
 	if root == nil {
 		return nil, fmt.Errorf("share %q has no directory", tag)
 	}
-	// The file server reopens its O_PATH descriptors through this directory;
-	// by descriptor, because no path leads to it once the VMM is jailed.
-	fds, err := unix.Open("/proc/self/fd", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("share %q: /proc/self/fd: %w", tag, err)
-	}
-	share, err := fs.New(fs.Config{Tag: tag, Root: root, ProcSelfFD: os.NewFile(uintptr(fds), "/proc/self/fd"), Log: log})
+	share, err := fs.New(fs.Config{Tag: tag, Root: root, ProcSelfFD: procSelfFD, Log: log})
 	if err != nil {
 		return nil, fmt.Errorf("share %q: %w", tag, err)
 	}

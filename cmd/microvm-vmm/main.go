@@ -1,7 +1,8 @@
 // Command microvm-vmm is one virtual machine: the process that holds the guest.
 //
-// The shim starts it with a control socket as descriptor 3 (package control)
-// and no arguments. For debugging it can be run by hand:
+// The shim starts it in a jail (package jail), with a control socket and the
+// shared directory as descriptors (package control) and no arguments. For
+// debugging it can be run by hand, without a jail unless it is asked for:
 //
 //	microvm-vmm run --kernel vmlinux --image guest.erofs --append 'loglevel=7'
 package main
@@ -13,14 +14,12 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"time"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
-
-// controlFD is where the shim leaves the control socket: the first of
-// os/exec's ExtraFiles.
-const controlFD = 3
 
 func main() {
 	// The VMM allocates next to nothing once the machine runs; collecting early
@@ -46,15 +45,23 @@ func main() {
 // serve is the VMM as the shim runs it. It returns when the machine has ended
 // or the shim is gone.
 func serve(log *slog.Logger) error {
-	server, err := control.NewServer(os.NewFile(controlFD, "control"))
+	// The log's time zone is read from a file that is not there in a moment.
+	time.Now().Zone()
+	inside, err := enterJail(log)
 	if err != nil {
-		return fmt.Errorf("%w; the shim starts this program, for a run by hand use: microvm-vmm run", err)
+		return err
+	}
+	server, err := control.NewServer(os.NewFile(control.SocketFD, "control"))
+	if err != nil {
+		return err
 	}
 	request, err := server.Boot()
 	if err != nil {
 		return err
 	}
 	server.Phase("vmm-started")
+	request.Files[fileShared] = inside.Root
+	request.Files[fileProcSelfFD] = inside.ProcSelfFD
 	machine, err := assemble(request.Config, request.Files, log, hooks{
 		phase: func(name string) { server.Phase(name) },
 		accept: func(port uint32) (*os.File, error) {
@@ -69,8 +76,13 @@ func serve(log *slog.Logger) error {
 			}
 			return ours, nil
 		},
-		running: func() { server.ReplyBoot(request, nil) },
+		running:  func() { server.ReplyBoot(request, nil) },
+		confined: true,
 	})
+	if err == nil {
+		// Nothing of the guest's has run yet.
+		err = confine()
+	}
 	if err != nil {
 		return errors.Join(err, server.ReplyBoot(request, err))
 	}
@@ -95,6 +107,23 @@ func serve(log *slog.Logger) error {
 	exit := machine.run()
 	log.Info("machine ended", "reason", exit.Reason, "detail", exit.Detail)
 	return server.Exited(exit)
+}
+
+// enterJail closes the jail that the shim has started this process in.
+func enterJail(log *slog.Logger) (*jail.Inside, error) {
+	root := os.NewFile(control.RootFD, "root")
+	if root == nil {
+		return nil, errors.New("the shim starts this program; for a run by hand use: microvm-vmm run")
+	}
+	defer root.Close()
+	inside, err := jail.Enter(root)
+	if err != nil {
+		return nil, fmt.Errorf("%w; for a run by hand use: microvm-vmm run", err)
+	}
+	if inside.Missing != "" {
+		log.Warn("this kernel lacks a part of the jail", "missing", inside.Missing)
+	}
+	return inside, nil
 }
 
 // exitReasons translates the machine's reasons to the control protocol's.

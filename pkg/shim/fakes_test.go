@@ -428,6 +428,7 @@ func newFixture(t *testing.T) *fixture {
 			f.net.path, f.net.open = path, true
 			return f.net, nil
 		},
+		chooseID: func(_ context.Context, first, _ uint32) (uint32, error) { return first, nil },
 		record:   func(state.Process) error { return nil },
 		identify: state.Identify,
 		cpus:     4,

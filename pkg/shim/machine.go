@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"strings"
-	"syscall"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -44,7 +43,9 @@ type launchRequest struct {
 	config *config.Config
 	size   size
 	limit  size     // up to where it can grow
-	shared *os.File // stays the caller's
+	shared *os.File // from tree.Open; stays the caller's
+	// id is the VMM's user and group id.
+	id uint32
 	// devices are the machine's network cards; their files stay the caller's.
 	devices []network.Device
 	// console and log get what the guest and the VMM write, and are closed.
@@ -87,7 +88,8 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 		KVM:     kvm,
 		Kernel:  kernel,
 		Image:   image,
-		Shared:  r.shared,
+		Root:    r.shared,
+		ID:      r.id,
 		Taps:    taps,
 		Console: r.console,
 		Log:     r.log,
@@ -102,10 +104,6 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 			ListenPorts:    []uint32{agentclient.ControlPort},
 			DebugConsole:   r.config.Debug,
 		},
-		// The VMM needs no network, and what looks up a task's network by its
-		// process must not find the host's: it is the sandbox's if that was
-		// given none.
-		SysProcAttr: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start VMM: %w", err)

@@ -45,6 +45,8 @@ type host struct {
 	place func(path string) (*placement, error)
 	// openNetwork takes the network namespace of a path for the sandbox.
 	openNetwork func(path string) (podNetwork, error)
+	// chooseID chooses the VMM's user and group id among the n from first on.
+	chooseID func(ctx context.Context, first, n uint32) (uint32, error)
 	// record stores the VMM's identity for a later clean-up.
 	record   func(vmm state.Process) error
 	cpus     int
@@ -193,6 +195,10 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 		return err
 	}
 	defer shared.Close()
+	id, err := s.host.chooseID(ctx, conf.VMMFirstID, conf.VMMIDs)
+	if err != nil {
+		return err
+	}
 	logs, console, vmmLog, err := openLogs(conf.Debug)
 	if err != nil {
 		return err
@@ -203,6 +209,7 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 		size:    size,
 		limit:   sizeLimit(conf, s.host.cpus, s.host.memory),
 		shared:  shared,
+		id:      id,
 		devices: devices,
 		console: console,
 		log:     vmmLog,

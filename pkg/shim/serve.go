@@ -220,6 +220,13 @@ func (d *daemon) newHost(p *Program) (*host, error) {
 			}
 			return n, nil
 		},
+		chooseID: func(ctx context.Context, first, n uint32) (id uint32, err error) {
+			err = state.ChooseID(ctx, p.stateRoot, first, n, func(free uint32) error {
+				id = free
+				return d.update(func(r *state.Record) { r.ID = free })
+			})
+			return id, err
+		},
 		record:      func(vmm state.Process) error { return d.update(func(r *state.Record) { r.VMM = vmm }) },
 		identify:    state.Identify,
 		cpus:        runtime.NumCPU(),

@@ -22,6 +22,7 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
 // One machine of each kind: a vCPU and 512 MiB, our kernel and guest image,
@@ -104,6 +105,9 @@ func collect(starts []*start, f func(*start) float64) []float64 {
 
 func (b *bench) bin(name string) string { return filepath.Join(b.top, "bin", name) }
 
+// vmmID is the user id of the VMMs, which run one after another.
+const vmmID = 1999999997
+
 func (b *bench) startOurs() (*start, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
@@ -131,6 +135,12 @@ func (b *bench) startOurs() (*start, error) {
 	}
 	defer console.Close()
 	options.Console, options.Log = console, console
+
+	options.ID = vmmID
+	if options.Root, err = jail.Detached(b.state); err != nil {
+		return nil, err
+	}
+	defer options.Root.Close()
 
 	begin, beginMonotonic := time.Now(), monotonic()
 	v, err := control.Launch(ctx, options)

@@ -26,6 +26,11 @@ const (
 	// MinMemory is the least a machine boots with and still runs a container.
 	MinMemory = 128 << 20
 
+	// The ids lie between those that systemd gives containers, which end below
+	// 1879048192, and the next that it uses, 2147352576.
+	defaultFirstID = 2000000000
+	defaultIDs     = 65536
+
 	maxFile         = 1 << 20
 	maxKernelParams = 1024 // the kernel's own limit is 2048 for all of them
 )
@@ -45,6 +50,9 @@ type Config struct {
 	// BootTimeout bounds the time from the VMM's start to the agent's first
 	// word.
 	BootTimeout time.Duration
+	// VMMFirstID is the first of VMMIDs numbers, of which each running VMM has one
+	// for itself as its user and group id.
+	VMMFirstID, VMMIDs uint32
 	// KernelParams are added to the guest's command line.
 	KernelParams string
 	// Debug logs more, the guest's console included.
@@ -61,6 +69,8 @@ type file struct {
 	MaxVCPUs      int    `toml:"max_vcpus"`
 	MaxMemory     string `toml:"max_memory"`
 	BootTimeout   string `toml:"boot_timeout"`
+	VMMFirstID    uint32 `toml:"vmm_first_id"`
+	VMMIDs        uint32 `toml:"vmm_ids"`
 	KernelParams  string `toml:"kernel_params"`
 	Debug         bool   `toml:"debug"`
 }
@@ -87,6 +97,8 @@ func Load(s Sources) (*Config, error) {
 		DefaultVCPUs:  1,
 		DefaultMemory: "512MiB",
 		BootTimeout:   "60s",
+		VMMFirstID:    defaultFirstID,
+		VMMIDs:        defaultIDs,
 	}
 	path, optional := s.Path, false
 	if path == "" {
@@ -145,6 +157,7 @@ func (f *file) check() (*Config, error) {
 	c := &Config{
 		Kernel: f.Kernel, Image: f.Image, VMM: f.VMM,
 		DefaultVCPUs: f.DefaultVCPUs,
+		VMMFirstID:   f.VMMFirstID, VMMIDs: f.VMMIDs,
 		KernelParams: f.KernelParams,
 		Debug:        f.Debug,
 	}
@@ -169,6 +182,10 @@ func (f *file) check() (*Config, error) {
 	c.DefaultMemory = uint64(memory)
 	if err := f.checkMax(c); err != nil {
 		return nil, err
+	}
+	// The last number is -1, which is no id.
+	if c.VMMFirstID == 0 || c.VMMIDs == 0 || c.VMMIDs > math.MaxUint32-c.VMMFirstID {
+		return nil, fmt.Errorf("configuration: vmm_first_id, vmm_ids: the %d numbers from %d on are no user ids, or have 0 among them", c.VMMIDs, c.VMMFirstID)
 	}
 	c.BootTimeout, err = time.ParseDuration(f.BootTimeout)
 	if err != nil {

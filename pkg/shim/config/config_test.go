@@ -22,6 +22,7 @@ func TestLoad(t *testing.T) {
 	defaults := Config{
 		Kernel: "/usr/lib/microvm/vmlinux", Image: "/usr/lib/microvm/guest.erofs", VMM: "/usr/lib/microvm/microvm-vmm",
 		DefaultVCPUs: 1, DefaultMemory: 512 << 20, BootTimeout: time.Minute,
+		VMMFirstID: 2000000000, VMMIDs: 65536,
 	}
 	with := func(change func(*Config)) Config { c := defaults; change(&c); return c }
 
@@ -43,10 +44,12 @@ default_memory = "2GiB"
 max_vcpus = 8
 max_memory = "16GiB"
 boot_timeout = "90s"
+vmm_first_id = 3000000000
+vmm_ids = 100
 kernel_params = "quiet lockdown=integrity"
 debug = true`,
 			want: Config{Kernel: "/a/k", Image: "/a/i", VMM: "/a/v", DefaultVCPUs: 4, DefaultMemory: 2 << 30, MaxVCPUs: 8, MaxMemory: 16 << 30,
-				BootTimeout: 90 * time.Second, KernelParams: "quiet lockdown=integrity", Debug: true},
+				BootTimeout: 90 * time.Second, VMMFirstID: 3000000000, VMMIDs: 100, KernelParams: "quiet lockdown=integrity", Debug: true},
 		},
 		{
 			name:    "drop-ins override single keys, in order",
@@ -122,6 +125,10 @@ func TestBadConfiguration(t *testing.T) {
 		{`max_memory = "511MiB"`, "max_memory"},
 		{`max_memory = "-1GiB"`, "max_memory"},
 		{`max_memory = "all"`, "max_memory"},
+		{"vmm_first_id = 0", "vmm_first_id"},
+		{"vmm_first_id = -1", "line 1"},
+		{"vmm_ids = 0", "vmm_ids"},
+		{"vmm_first_id = 4294967000\nvmm_ids = 296", "vmm_ids"},
 		{`boot_timeout = "soon"`, "boot_timeout"},
 		{`boot_timeout = "0s"`, "boot_timeout"},
 		{`boot_timeout = "-5s"`, "boot_timeout"},

@@ -8,6 +8,11 @@
 //	<container id>/mounts/<n>
 //
 // The directories of the tree itself are read-only for the guest.
+//
+// The VMM has a copy of the tree for its root directory, in a mount namespace of
+// its own that follows this one: what is mounted here appears there, and goes from
+// there. It gets no device and no program from it: every mount is nodev, nosuid
+// and noexec before it appears.
 package share
 
 import (
@@ -27,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
 // layersName is where the parts are that a root file system is made of on the
@@ -35,7 +41,10 @@ const layersName = "layers"
 
 // Tree is a mounted tree. Its methods may be called concurrently.
 type Tree struct {
-	path string
+	// base is a private mount that holds the mount points of the tree and of what
+	// is prepared for it.
+	base string
+	path string // of the tree
 	host *os.File
 
 	mu sync.Mutex
@@ -68,7 +77,10 @@ type Rootfs struct {
 	InGuest bool
 }
 
-// New mounts a tree at path, which is made. host is the mount namespace in
+// restricted is what no mount in the tree is without.
+const restricted = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+
+// New mounts a tree below path, which is made. host is the mount namespace in
 // which sources are looked up: mounts that are made there later need not
 // appear in the shim's own. It stays the caller's; nil is the caller's own
 // namespace.
@@ -76,15 +88,29 @@ func New(path string, host *os.File) (_ *Tree, err error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("shared directory: %w", err)
 	}
-	// It holds directories and mount points only.
-	if err := unix.Mount("microvm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0755,size=4m,nr_inodes=16k"); err != nil {
-		return nil, fmt.Errorf("mount shared directory %s: %w", path, err)
-	}
 	defer func() {
 		if err != nil {
 			unix.Unmount(path, unix.MNT_DETACH)
 		}
 	}()
+	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	base := path
+	if err := unix.Mount("microvm", base, "tmpfs", flags, "mode=0700,size=16k,nr_inodes=4"); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", base, err)
+	}
+	if err := unix.Mount("", base, "", unix.MS_PRIVATE, ""); err != nil {
+		return nil, fmt.Errorf("make %s private: %w", base, err)
+	}
+	path = filepath.Join(base, "tree")
+	for _, dir := range []string{path, filepath.Join(base, stage)} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("shared directory: %w", err)
+		}
+	}
+	// It holds directories and mount points only.
+	if err := unix.Mount("microvm", path, "tmpfs", flags, "mode=0755,size=4m,nr_inodes=16k"); err != nil {
+		return nil, fmt.Errorf("mount shared directory %s: %w", path, err)
+	}
 	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("clone shared directory: %w", err)
@@ -92,18 +118,22 @@ func New(path string, host *os.File) (_ *Tree, err error) {
 	writable := os.NewFile(uintptr(fd), path)
 	err = unix.MountSetattr(unix.AT_FDCWD, path, 0, &unix.MountAttr{
 		Attr_set:    unix.MOUNT_ATTR_RDONLY,
-		Propagation: unix.MS_PRIVATE,
+		Propagation: unix.MS_SHARED, // with the VMM's copy
 	})
 	if err != nil {
 		writable.Close()
-		return nil, fmt.Errorf("make shared directory read-only: %w", err)
+		return nil, fmt.Errorf("make shared directory read-only and shared: %w", err)
 	}
-	return &Tree{path: path, host: host, writable: writable, containers: map[string]*content{}}, nil
+	return &Tree{base: base, path: path, host: host, writable: writable, containers: map[string]*content{}}, nil
 }
 
-// Open opens the root of the tree for a file server, as O_PATH.
+// stage is where file systems are mounted before they appear in the tree.
+const stage = "stage"
+
+// Open makes a copy of the tree that is mounted nowhere yet. Once it is, what Add
+// mounts appears in there.
 func (t *Tree) Open() (*os.File, error) {
-	f, err := os.OpenFile(t.path, unix.O_PATH|unix.O_DIRECTORY, 0)
+	f, err := jail.Detached(t.path)
 	if err != nil {
 		return nil, fmt.Errorf("shared directory: %w", err)
 	}
@@ -149,8 +179,7 @@ func (t *Tree) addRootfs(c *content, id string, rootfs Rootfs) error {
 	case slices.ContainsFunc(rootfs.Mounts, IsTemplate):
 		return t.addLayers(c, id, target, rootfs.Mounts)
 	case len(rootfs.Mounts) > 0:
-		c.mounts = append(c.mounts, target)
-		return mount.All(rootfs.Mounts, filepath.Join(t.path, target))
+		return t.mountAll(c, target, rootfs.Mounts)
 	}
 	info, err := os.Stat(rootfs.Path)
 	if err != nil {
@@ -186,12 +215,10 @@ func (t *Tree) addLayers(c *content, id, target string, mounts []mount.Mount) er
 				return err
 			}
 		}
-		path := filepath.Join(t.path, at)
-		c.mounts = append(c.mounts, at)
-		if err := m.Mount(path); err != nil {
+		if err := t.mountAll(c, at, []mount.Mount{m}); err != nil {
 			return fmt.Errorf("mount %s of the type %s: %w", m.Source, m.Type, err)
 		}
-		points = append(points, path)
+		points = append(points, filepath.Join(t.path, at))
 	}
 	return nil
 }
@@ -217,6 +244,24 @@ func makeIn(points []string, d Directory) error {
 	return fmt.Errorf("directory %s is not in a layer", d.Path)
 }
 
+// mountAll makes file systems appear at target: from the stage, because in the
+// tree a mount is seen at once, and a change of its flags nowhere else.
+func (t *Tree) mountAll(c *content, target string, mounts []mount.Mount) (err error) {
+	at := filepath.Join(t.base, stage)
+	defer func() { err = errors.Join(err, unmount(at)) }()
+	if err := mount.All(mounts, at); err != nil {
+		return err
+	}
+	if err := unix.MountSetattr(unix.AT_FDCWD, at, unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: restricted}); err != nil {
+		return fmt.Errorf("mount_setattr: %w", err)
+	}
+	if err := unix.MoveMount(unix.AT_FDCWD, at, unix.AT_FDCWD, filepath.Join(t.path, target), 0); err != nil {
+		return fmt.Errorf("move_mount: %w", err)
+	}
+	c.mounts = append(c.mounts, target)
+	return nil
+}
+
 func (t *Tree) addMount(c *content, target string, m guestspec.Mount) error {
 	if err := t.makePoint(c, point{name: target, file: m.File}); err != nil {
 		return err
@@ -224,9 +269,7 @@ func (t *Tree) addMount(c *content, target string, m guestspec.Mount) error {
 	if m.Type == "" {
 		return t.bind(c, target, m)
 	}
-	c.mounts = append(c.mounts, target)
-	fs := mount.Mount{Type: m.Type, Source: m.Source, Options: m.Options}
-	return fs.Mount(filepath.Join(t.path, target))
+	return t.mountAll(c, target, []mount.Mount{{Type: m.Type, Source: m.Source, Options: m.Options}})
 }
 
 func (t *Tree) makePoint(c *content, p point) error {
@@ -280,7 +323,7 @@ func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 		attr   unix.MountAttr
 	}{
 		{ids.Userns_fd != 0, allIDs, ids},
-		{true, unix.AT_RECURSIVE, unix.MountAttr{Propagation: unix.MS_SLAVE}},
+		{true, unix.AT_RECURSIVE, unix.MountAttr{Attr_set: restricted, Propagation: unix.MS_SLAVE}},
 		{m.ReadOnly, 0, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
 		{m.RecursiveReadOnly, unix.AT_RECURSIVE, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
 	} {
@@ -396,8 +439,8 @@ func (t *Tree) Close() error {
 		errs = append(errs, t.remove(id))
 	}
 	t.writable.Close()
-	errs = append(errs, unmount(t.path))
-	if err := os.Remove(t.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	errs = append(errs, unmount(t.path), unmount(t.base))
+	if err := os.Remove(t.base); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

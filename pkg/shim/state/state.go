@@ -160,6 +160,9 @@ type Record struct {
 	Shim Process `json:"shim"`
 	// VMM is zero before it runs.
 	VMM Process `json:"vmm,omitzero"`
+	// ID is the VMM's user and group id, which no other sandbox has; zero before
+	// one was chosen.
+	ID uint32 `json:"id,omitempty"`
 	// Socket is the path that the shim serves its API on.
 	Socket string `json:"socket,omitempty"`
 	// Cgroups are the directories that the shim has made, parents first.

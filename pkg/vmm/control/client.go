@@ -14,6 +14,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
 // Options describe a VMM to launch. The files stay the caller's and may be
@@ -24,9 +26,8 @@ type Options struct {
 	KVM    *os.File
 	Kernel *os.File
 	Image  *os.File
-	// Shared is an O_PATH descriptor of the directory to share with the guest;
-	// nil for none.
-	Shared *os.File
+	// Root is the mount that becomes the VMM's root directory, see jail.Enter.
+	Root *os.File
 	// Disks go with Config.Disks.
 	Disks []*os.File
 	// Taps go with Config.NICs: for each, one tap queue a queue pair.
@@ -36,8 +37,8 @@ type Options struct {
 	// Log is the VMM's standard error.
 	Log    *os.File
 	Config Config
-	// SysProcAttr for the process; nil for none. Launch sets Pdeathsig.
-	SysProcAttr *syscall.SysProcAttr
+	// ID is the user and group id of the VMM, which must not be another process's.
+	ID uint32
 }
 
 // acceptBacklog is how many connections of the guest to one port wait for
@@ -110,9 +111,6 @@ func Launch(ctx context.Context, o Options) (*VMM, error) {
 
 	roles := []string{FileKVM, FileKernel, FileImage, FileConsole}
 	files := []*os.File{o.KVM, o.Kernel, o.Image, o.Console}
-	if o.Shared != nil {
-		roles, files = append(roles, FileShared), append(files, o.Shared)
-	}
 	for i, disk := range o.Disks {
 		roles, files = append(roles, FileDisk(i)), append(files, disk)
 	}
@@ -130,27 +128,19 @@ func Launch(ctx context.Context, o Options) (*VMM, error) {
 }
 
 // start runs the process. One goroutine starts and reaps it and stays on its
-// thread meanwhile, because PR_SET_PDEATHSIG fires when the parent's thread
-// ends, not only its process.
+// thread meanwhile: a jail takes a thread to start in, and PR_SET_PDEATHSIG fires
+// when the parent's thread ends, not only its process.
 func (v *VMM) start(o Options, socket *os.File) error {
 	cmd := exec.Command(o.Binary)
 	cmd.Env = []string{} // the VMM takes no setting from the environment
-	cmd.ExtraFiles = []*os.File{socket}
+	cmd.ExtraFiles = []*os.File{SocketFD - 3: socket, RootFD - 3: o.Root}
 	if o.Log != nil { // a nil *os.File would be a non-nil io.Writer
 		cmd.Stderr = o.Log
 	}
-	attr := syscall.SysProcAttr{}
-	if o.SysProcAttr != nil {
-		attr = *o.SysProcAttr
-	}
-	attr.Pdeathsig = syscall.SIGKILL
-	cmd.SysProcAttr = &attr
-
 	started := make(chan error)
 	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
+		runtime.LockOSThread() // for good
+		err := jail.Start(cmd, o.ID)
 		v.process = cmd.Process
 		started <- err
 		if err != nil {
@@ -184,7 +174,7 @@ func (v *VMM) finish(waitErr error) {
 		v.end = *told
 	case errors.As(waitErr, &exited):
 		if status, ok := exited.Sys().(syscall.WaitStatus); ok && status.Signaled() {
-			v.end = Exit{Reason: ReasonKilled, Detail: status.Signal().String()}
+			v.end = Exit{Reason: ReasonKilled, Detail: killedBy(status.Signal(), exited.Pid())}
 			break
 		}
 		v.end = Exit{Reason: ReasonError, Detail: fmt.Sprintf("the VMM ended with %s; its log says why", exited)}
@@ -200,6 +190,14 @@ func (v *VMM) finish(waitErr error) {
 		}
 	}
 	close(v.done)
+}
+
+// killedBy describes the signal that ended the VMM.
+func killedBy(signal syscall.Signal, pid int) string {
+	if signal != unix.SIGSYS {
+		return signal.String()
+	}
+	return fmt.Sprintf("a system call that its filter does not allow; the kernel's log (dmesg, or ausearch -m SECCOMP) names it: type=1326 pid=%d", pid)
 }
 
 // readLoop sorts what the VMM sends until the socket ends. The VMM holds a

@@ -29,6 +29,9 @@ var vmms = map[string]func(*Server){
 
 const vmmEnv = "MICROVM_CONTROL_TEST_VMM"
 
+// vmmID is the user id of these VMMs, which nobody else has. Launch needs root.
+const vmmID = 1999999998
+
 func TestMain(m *testing.M) {
 	if name := os.Getenv(vmmEnv); name != "" {
 		s, err := NewServer(os.NewFile(3, "control"))
@@ -184,6 +187,8 @@ func launch(t *testing.T, name string) (*VMM, error) {
 		Image:   tempFile(t, "image"),
 		Console: tempFile(t, ""),
 		Log:     os.Stderr,
+		ID:      vmmID,
+		Root:    tempFile(t, ""), // these VMMs do not look at it
 		Config:  Config{VCPUs: 2, MaxVCPUs: 4, MemoryBytes: 1 << 28, ListenPorts: []uint32{1024}},
 	})
 	if err == nil {
@@ -327,7 +332,7 @@ func TestHowAVMMEnds(t *testing.T) {
 
 func TestLaunchWithoutBinary(t *testing.T) {
 	f := tempFile(t, "")
-	_, err := Launch(t.Context(), Options{Binary: "/nonexistent/microvm-vmm", KVM: f, Kernel: f, Image: f, Console: f})
+	_, err := Launch(t.Context(), Options{Binary: "/nonexistent/microvm-vmm", ID: vmmID, Root: f, KVM: f, Kernel: f, Image: f, Console: f})
 	if !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("Launch: %v", err)
 	}

@@ -2,8 +2,8 @@
 // SOCK_SEQPACKET pair that carries one JSON message a packet, and descriptors
 // beside it (SCM_RIGHTS). Client is the shim's end, Server the VMM's.
 //
-// The VMM opens nothing by name: kernel, images, disks and the shared
-// directory arrive as descriptors with the boot request, and a vsock
+// The VMM opens nothing by name: kernel, images and disks arrive as descriptors
+// with the boot request, the shared directory is its root directory, and a vsock
 // connection leaves as the end of a socketpair.
 package control
 
@@ -18,6 +18,14 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+)
+
+// Descriptors that the VMM is started with.
+const (
+	// SocketFD is its end of the control socket.
+	SocketFD = 3
+	// RootFD is Options.Root.
+	RootFD = 4
 )
 
 // Methods of requests (shim to VMM), each answered by a reply with its id.
@@ -45,7 +53,6 @@ const (
 	FileKernel  = "kernel"  // vmlinux
 	FileImage   = "image"   // the guest's root file system
 	FileConsole = "console" // where the guest's console goes
-	FileShared  = "shared"  // O_PATH: root of the file share
 )
 
 // FileDisk is the role of the n-th of Config.Disks.
@@ -71,7 +78,7 @@ type Config struct {
 	MaxMemoryBytes uint64 `json:"max_memory_bytes,omitempty"`
 	// CommandLine is added to the kernel parameters that the VMM itself needs.
 	CommandLine string `json:"command_line,omitempty"`
-	// SharedTag names the virtio-fs device over the FileShared descriptor;
+	// SharedTag names the virtio-fs device that carries the VMM's root directory;
 	// empty when there is none.
 	SharedTag string `json:"shared_tag,omitempty"`
 	Disks     []Disk `json:"disks,omitempty"`
