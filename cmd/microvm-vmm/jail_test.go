@@ -1,0 +1,439 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/shim/share"
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
+)
+
+// The tests mount in a mount namespace of their own.
+func TestMain(m *testing.M) {
+	const inNamespace = "MICROVM_TEST_MOUNT_NAMESPACE"
+	if os.Getenv(inNamespace) == "" {
+		runtime.LockOSThread()
+		err := unix.Unshare(unix.CLONE_NEWNS)
+		if err == nil {
+			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+		}
+		if err == nil {
+			err = unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), inNamespace+"=1"))
+		}
+		fmt.Fprintln(os.Stderr, "cannot run the tests (they need root):", err)
+		os.Exit(1)
+	}
+	if order := os.Getenv(injectEnv); order != "" {
+		var tid int
+		var call uint64
+		_, err := fmt.Sscan(order, &tid, &call)
+		if err == nil {
+			err = inject(tid, call)
+		}
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// injectEnv has this program do what inject does: from the process that waits for
+// the VMM it would be taken for the VMM's end, see "wait" in ptrace(2).
+const injectEnv = "MICROVM_TEST_INJECT"
+
+// vmmID is the user id of the VMMs of these tests.
+const vmmID = 1999999996
+
+// build builds the program as it is shipped, whatever the tests are built with.
+func build(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "microvm-vmm")
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", program, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return program
+}
+
+// jailed is a VMM in its jail, with a guest that does nothing.
+type jailed struct {
+	*control.VMM
+	tree *share.Tree
+}
+
+func launchJailed(t *testing.T, program string) *jailed {
+	t.Helper()
+	tree, err := share.New(filepath.Join(t.TempDir(), "shared"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := tree.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := tree.Add("first", share.Rootfs{Path: t.TempDir()}, nil); err != nil {
+		t.Fatal(err)
+	}
+	root, err := tree.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kvm.Close()
+	taps := openTaps(t, 1)
+	defer taps[0].Close()
+	console := tempFile(t, "console", nil)
+	vmm, err := control.Launch(t.Context(), control.Options{
+		Binary: program, ID: vmmID, Root: root, KVM: kvm, Console: console, Log: console,
+		Kernel: tempFile(t, "kernel", spinning()), Image: tempFile(t, "image", make([]byte, 512)),
+		Disks: []*os.File{tempFile(t, "disk", make([]byte, 512))}, Taps: [][]*os.File{taps},
+		Config: control.Config{
+			VCPUs: 1, MaxVCPUs: 3, MemoryBytes: 64 << 20, MaxMemoryBytes: 256 << 20, SharedTag: "shared",
+			Disks: []control.Disk{{}}, NICs: []control.NIC{{MAC: "02:00:00:00:00:01", QueuePairs: 1}},
+		},
+	})
+	if err != nil {
+		log, _ := os.ReadFile(console.Name())
+		t.Fatalf("%v\n%s", err, log)
+	}
+	t.Cleanup(func() { vmm.Kill(); <-vmm.Done() })
+	return &jailed{vmm, tree}
+}
+
+// proc is a path in the VMM's directory of /proc.
+func (j *jailed) proc(elem ...string) string {
+	return filepath.Join(append([]string{"/proc", strconv.Itoa(j.Pid())}, elem...)...)
+}
+
+// threads returns the ids of the threads that are under that many filters.
+func (j *jailed) threads(t *testing.T, filters string) (tids []int) {
+	t.Helper()
+	tasks, err := os.ReadDir(j.proc("task"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range tasks {
+		// Kernel threads of KVM are no business of ours.
+		if s := status(t, j.proc("task", task.Name(), "status")); s["Seccomp_filters"] == filters && !strings.HasPrefix(s["Name"], "kvm-") {
+			tid, _ := strconv.Atoi(task.Name())
+			tids = append(tids, tid)
+		}
+	}
+	return tids
+}
+
+// status reads a file of the form "key: value".
+func status(t *testing.T, path string) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := map[string]string{}
+	for line := range strings.Lines(string(data)) {
+		key, value, _ := strings.Cut(line, ":")
+		fields[key] = strings.Join(strings.Fields(value), " ")
+	}
+	return fields
+}
+
+// mounts are the VMM's mounts: flags by mount point.
+func (j *jailed) mounts(t *testing.T) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(j.proc("mountinfo"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounts := map[string]string{}
+	for line := range strings.Lines(string(data)) {
+		fields := strings.Fields(line) // proc_pid_mountinfo(5)
+		mounts[fields[4]] = fields[5]
+	}
+	return mounts
+}
+
+func TestJail(t *testing.T) {
+	program := build(t)
+	t.Run("process", func(t *testing.T) { testProcess(t, launchJailed(t, program)) })
+	t.Run("mounts", func(t *testing.T) { testMounts(t, launchJailed(t, program)) })
+	t.Run("machine", func(t *testing.T) { testMachine(t, launchJailed(t, program)) })
+	// Not even a socket, on any thread; and a vCPU cannot open files.
+	t.Run("socket", func(t *testing.T) { testKilled(t, launchJailed(t, program), "1", unix.SYS_SOCKET) })
+	t.Run("vCPU", func(t *testing.T) { testKilled(t, launchJailed(t, program), "2", unix.SYS_OPENAT) })
+	t.Run("two with one id", func(t *testing.T) {
+		// Which the shim sees to: the jail would hold, but for the other one.
+		if a, b := launchJailed(t, program), launchJailed(t, program); a.Pid() == b.Pid() {
+			t.Error("one process")
+		}
+	})
+	t.Run("unjailed", func(t *testing.T) {
+		out, err := exec.Command(program).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "the shim") {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+}
+
+// testProcess looks at all that the kernel says about the process.
+func testProcess(t *testing.T, j *jailed) {
+	var caps uint64
+	for _, c := range jail.Capabilities {
+		caps |= 1 << c
+	}
+	id := strings.Repeat(strconv.Itoa(vmmID)+" ", 4)
+	want := map[string]string{
+		"Uid": id[:len(id)-1], "Gid": id[:len(id)-1], "Groups": "",
+		"CapPrm": fmt.Sprintf("%016x", caps), "CapEff": fmt.Sprintf("%016x", caps),
+		"CapInh": strings.Repeat("0", 16), "CapBnd": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16),
+		"NoNewPrivs": "1", "Seccomp": "2",
+	}
+	tasks, err := os.ReadDir(j.proc("task"))
+	if err != nil || len(tasks) < 3 {
+		t.Fatalf("%d threads, %v", len(tasks), err)
+	}
+	for _, task := range tasks {
+		got := status(t, j.proc("task", task.Name(), "status"))
+		for key, value := range want {
+			if got[key] != value {
+				t.Errorf("thread %s: %s is %q, want %q", task.Name(), key, got[key], value)
+			}
+		}
+	}
+	if n := status(t, j.proc("status"))["NSpid"]; n != fmt.Sprintf("%d 1", j.Pid()) {
+		t.Errorf("process ids %s", n)
+	}
+	for _, ns := range []string{"mnt", "pid", "ipc", "uts", "cgroup", "net"} {
+		ours, err1 := os.Readlink("/proc/self/ns/" + ns)
+		its, err2 := os.Readlink(j.proc("ns", ns)) // as who looks up a container's network
+		if err := errors.Join(err1, err2); err != nil || ours == its {
+			t.Errorf("namespace %s: %s, %v", ns, its, err)
+		}
+	}
+	// What belongs to root although the process does not is not dumpable.
+	var st unix.Stat_t
+	if err := unix.Stat(j.proc("fd"), &st); err != nil || st.Uid != 0 {
+		t.Errorf("dumpable: uid %d, %v", st.Uid, err)
+	}
+	limits, err := os.ReadFile(j.proc("limits"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, most := range map[string]int{"core file size": 0, "processes": 2048, "open files": 1 << 20} {
+		_, rest, _ := strings.Cut(string(limits), "Max "+name)
+		var soft, hard int
+		if _, err := fmt.Sscan(rest, &soft, &hard); err != nil || soft > most || hard > most {
+			t.Errorf("%s: %d, %d, %v", name, soft, hard, err)
+		}
+	}
+	descriptors, err := os.ReadDir(j.proc("fd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range descriptors {
+		var st unix.Stat_t
+		name, err := os.Readlink(j.proc("fd", d.Name()))
+		if err == nil {
+			err = unix.Stat(j.proc("fd", d.Name()), &st)
+		}
+		if err != nil {
+			t.Errorf("descriptor %s: %v", d.Name(), err)
+		}
+		// From a directory there is a way to others.
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR && name != "/" && name != "/1/fd" {
+			t.Errorf("descriptor of the directory %s", name)
+		}
+	}
+	// Of what it can do to the host's procfs by the one it has: nothing.
+	for _, path := range []string{"sys", "sysrq-trigger", "kallsyms", "2"} {
+		if _, err := os.Lstat(j.proc("root") + "/proc/" + path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("/proc/%s: %v", path, err)
+		}
+	}
+}
+
+// testMounts has containers come and go.
+func testMounts(t *testing.T, j *jailed) {
+	before := j.mounts(t)
+	if len(before) != 2 || before["/"] == "" || before["/first/rootfs"] == "" {
+		t.Errorf("mounts %v", before)
+	}
+	source := t.TempDir()
+	if err := unix.Mount("tmpfs", source, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(source, unix.MNT_DETACH)
+	if err := os.WriteFile(filepath.Join(source, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		err := j.tree.Add("late", share.Rootfs{Mounts: []mount.Mount{{Type: "bind", Source: source, Options: []string{"rbind", "rw"}}}},
+			[]guestspec.Mount{{Source: source, Recursive: true}, {Source: filepath.Join(source, "file"), File: true}, {Source: "tmpfs", Type: "tmpfs"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		mounts := j.mounts(t)
+		if len(mounts) != len(before)+4 {
+			t.Errorf("mounts %v", mounts)
+		}
+		for at, flags := range mounts {
+			for _, flag := range []string{"nosuid", "nodev", "noexec"} {
+				if !slices.Contains(strings.Split(flags, ","), flag) {
+					t.Errorf("%s is mounted %s", at, flags)
+				}
+			}
+		}
+		for _, name := range []string{"rootfs/file", "mounts/0/file", "mounts/1"} {
+			if _, err := os.Stat(j.proc("root", "late", name)); err != nil {
+				t.Error(err)
+			}
+		}
+		// The VMM is at work in there; what is unmounted is gone all the same.
+		busy, err := os.Open(j.proc("root", "late", "rootfs"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := j.tree.Remove("late"); err != nil {
+			t.Error(err)
+		}
+		if mounts := j.mounts(t); len(mounts) != len(before) {
+			t.Errorf("mounts are left: %v", mounts)
+		}
+		busy.Close()
+	}
+	// Nobody holds the file system.
+	if err := unix.Unmount(source, 0); err != nil {
+		t.Errorf("unmount: %v", err)
+	}
+}
+
+// testMachine has the machine do what it does when it runs.
+func testMachine(t *testing.T, j *jailed) {
+	ctx := t.Context()
+	for range 3 {
+		taps := openTaps(t, 2)
+		nic, err := j.AttachNIC(ctx, control.NIC{MAC: "02:00:00:00:00:02", QueuePairs: 2}, taps)
+		if err != nil {
+			t.Fatal(err)
+		}
+		disk, err := j.AttachDisk(ctx, control.Disk{ReadOnly: true}, tempFile(t, "disk", make([]byte, 512)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stats, err := j.Stats(ctx); err != nil || len(stats.NICs) != 2 {
+			t.Errorf("%+v, %v", stats, err)
+		}
+		if err := errors.Join(j.Detach(ctx, nic), j.Detach(ctx, disk), j.Pause(ctx), j.Resume(ctx)); err != nil {
+			t.Error(err)
+		}
+		for _, tap := range taps {
+			tap.Close()
+		}
+	}
+	if size, err := j.Resize(ctx, control.Size{VCPUs: 3, MemoryBytes: 256 << 20}); err != nil || size.VCPUs != 3 {
+		t.Errorf("%+v, %v", size, err)
+	}
+	for len(j.threads(t, "2")) < 3 { // the new vCPUs' threads are on their way
+		runtime.Gosched()
+	}
+	if n := len(j.threads(t, "2")); n != 3 {
+		t.Errorf("%d threads with a vCPU's filter", n)
+	}
+	// Threads come, under load.
+	var callers sync.WaitGroup
+	for range 64 {
+		callers.Go(func() {
+			if _, err := j.Dial(ctx, 7); err == nil {
+				t.Error("a guest without a driver was connected with")
+			}
+			if _, err := j.Stats(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	callers.Wait()
+	if err := j.Stop(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if exit := j.Exit(); exit.Reason != control.ReasonStopped {
+		t.Errorf("exit %v", exit)
+	}
+}
+
+// testKilled has a thread with that many filters make a system call.
+func testKilled(t *testing.T, j *jailed, filters string, call uint64) {
+	tids := j.threads(t, filters)
+	for len(tids) == 0 { // the vCPU's thread is on its way
+		tids = j.threads(t, filters)
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d", injectEnv, tids[0], call))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	exit := j.Exit()
+	if exit.Reason != control.ReasonKilled || !strings.Contains(exit.Detail, "type=1326 pid="+strconv.Itoa(j.Pid())) {
+		t.Errorf("exit %v", exit)
+	}
+}
+
+// inject has a thread make a system call in place of the one that it is in.
+func inject(tid int, call uint64) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for range 1000 {
+		if err := unix.PtraceAttach(tid); err != nil {
+			return fmt.Errorf("attach: %w", err)
+		}
+		var status syscall.WaitStatus
+		if _, err := syscall.Wait4(tid, &status, unix.WALL, nil); err != nil || !status.Stopped() {
+			return fmt.Errorf("wait: %v, %w", status, err)
+		}
+		var regs unix.PtraceRegs
+		if err := unix.PtraceGetRegs(tid, &regs); err != nil {
+			return fmt.Errorf("registers: %w", err)
+		}
+		instruction := make([]byte, 2)
+		if _, err := unix.PtracePeekText(tid, uintptr(regs.Rip-2), instruction); err != nil {
+			return fmt.Errorf("text: %w", err)
+		}
+		found := instruction[0] == 0x0f && instruction[1] == 0x05 // syscall
+		if found {
+			regs.Rip -= 2
+			regs.Rax, regs.Orig_rax = call, ^uint64(0)
+			if err := unix.PtraceSetRegs(tid, &regs); err != nil {
+				return fmt.Errorf("registers: %w", err)
+			}
+		}
+		if err := unix.PtraceDetach(tid); err != nil {
+			return fmt.Errorf("detach: %w", err)
+		}
+		if found {
+			return nil
+		}
+	}
+	return errors.New("the thread is never in a system call")
+}
