@@ -49,11 +49,15 @@ func Runtime() []Rule {
 }
 
 // Threads is what the runtime does only on threads that are not locked to a
-// goroutine: threads come and go, and GOMAXPROCS follows the host.
+// goroutine: threads come and go, GOMAXPROCS follows the host, and the poller is
+// made when something is waited for the first time.
 func Threads() []Rule {
 	return []Rule{
 		{unix.SYS_CLONE, []Arg{{Index: 0, Mask: 0xffffffffffffffff, Value: goThreadFlags}}},
 		{Call: unix.SYS_SCHED_GETAFFINITY},
 		{Call: unix.SYS_PREAD64}, // cpu.max, which is open from the start
+		{Call: unix.SYS_EPOLL_CREATE1},
+		{Call: unix.SYS_EPOLL_CTL},
+		{Call: unix.SYS_EVENTFD2},
 	}
 }

@@ -39,7 +39,7 @@ func mountShare(t testing.TB, dir string, change ...func(*Config)) string {
 		fmt.Sprintf("fd=%d,rootmode=40755,user_id=0,group_id=0,default_permissions,allow_other", fd)))
 	var readers sync.WaitGroup
 	for range 8 {
-		readers.Go(func() { serveDevice(t, server, fd) })
+		readers.Go(func() { serveDevice(t.Errorf, server, fd) })
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(at, 0); err != nil {
@@ -55,7 +55,7 @@ func mountShare(t testing.TB, dir string, change ...func(*Config)) string {
 }
 
 // serveDevice answers requests until the file system is unmounted.
-func serveDevice(t testing.TB, server *Server, fd int) {
+func serveDevice(failed func(format string, args ...any), server *Server, fd int) {
 	in, out := make([]byte, maxWrite+4096), make([]byte, maxWrite+4096)
 	for {
 		n, err := unix.Read(fd, in)
@@ -64,7 +64,7 @@ func serveDevice(t testing.TB, server *Server, fd int) {
 		}
 		if err != nil {
 			if !errors.Is(err, unix.ENODEV) {
-				t.Errorf("/dev/fuse: %v", err)
+				failed("/dev/fuse: %v", err)
 			}
 			return
 		}
@@ -73,7 +73,7 @@ func serveDevice(t testing.TB, server *Server, fd int) {
 		reply := func(n uint32) {
 			// ENOENT: the request was interrupted.
 			if _, err := unix.Write(fd, answer[:n]); err != nil && !errors.Is(err, unix.ENOENT) {
-				t.Errorf("reply to %v: %v (%x)", op, err, answer[:min(n, 64)])
+				failed("reply to %v: %v (%x)", op, err, answer[:min(n, 64)])
 			}
 		}
 		written, done := server.Handle([][]byte{in[:n]}, [][]byte{answer}, reply)
@@ -104,14 +104,39 @@ func checkNothingHeld(t testing.TB, s *Server) {
 	}
 }
 
-// TestConformance runs test/fsconformance on a mounted share.
-func TestConformance(t *testing.T) {
+// buildConformance builds test/fsconformance.
+func buildConformance(t *testing.T) string {
+	t.Helper()
 	program := filepath.Join(t.TempDir(), "fsconformance")
 	build := exec.Command("go", "build", "-o", program, "github.com/microvm-runtime/microvm/test/fsconformance")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	return program
+}
+
+// conform runs test/fsconformance in a directory.
+func conform(t *testing.T, program, omit, at string) {
+	t.Helper()
+	cmd := exec.Command(program, "-no-skip", "-omit", omit, at)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if !strings.HasPrefix(lines.Text(), "PASS") {
+			t.Log(lines.Text())
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("fsconformance: %v", err)
+	}
+}
+
+// TestConformance runs test/fsconformance on a mounted share.
+func TestConformance(t *testing.T) {
+	program := buildConformance(t)
 	overlay := func(t *testing.T) string {
 		// As the root file system of a container is. The whiteout of a rename
 		// is not for those who see the overlay merged.
@@ -138,20 +163,7 @@ func TestConformance(t *testing.T) {
 		{"few descriptors", tmpfs, big, func(c *Config) { c.Limits.Descriptors, c.Limits.Nodes = 4096, 16 }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			at := mountShare(t, tc.dir(t), tc.change)
-			cmd := exec.Command(program, "-no-skip", "-omit", tc.omit, at)
-			cmd.Stderr = os.Stderr
-			out, err := cmd.StdoutPipe()
-			must(t, err)
-			must(t, cmd.Start())
-			for lines := bufio.NewScanner(out); lines.Scan(); {
-				if !strings.HasPrefix(lines.Text(), "PASS") {
-					t.Log(lines.Text())
-				}
-			}
-			if err := cmd.Wait(); err != nil {
-				t.Errorf("fsconformance: %v", err)
-			}
+			conform(t, program, tc.omit, mountShare(t, tc.dir(t), tc.change))
 		})
 	}
 }
