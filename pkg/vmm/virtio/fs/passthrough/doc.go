@@ -44,6 +44,9 @@
 //	CAP_SETFCAP          security.capability xattrs
 //	CAP_SYS_RESOURCE     reserved blocks of the host's file system
 //
+// Which of them a VMM has is in package jail. Every system call that a server makes
+// is in Syscalls.
+//
 // The server needs unshare(CLONE_FS), which needs no capability, and a
 // descriptor of /proc/self/fd, but no mounted /proc.
 //
