@@ -46,7 +46,7 @@ func main() {
 // or the shim is gone.
 func serve(log *slog.Logger) error {
 	// The log's time zone is read from a file that is not there in a moment.
-	time.Now().Zone()
+	_, _ = time.Now().Zone()
 	inside, err := enterJail(log)
 	if err != nil {
 		return err
