@@ -47,6 +47,11 @@ var Capabilities = []uintptr{
 	unix.CAP_FSETID,       // keep set-id bits of files of other groups
 	unix.CAP_MKNOD,        // device nodes in an image or a volume
 	unix.CAP_SETFCAP,      // security.capability, as package managers set it
+	// setfsuid and setfsgid, in volumes of a pod with a user namespace: a mount that
+	// maps ids lets only those make files whose own it maps. The filter has none of
+	// the other calls that these are for.
+	unix.CAP_SETUID,
+	unix.CAP_SETGID,
 }
 
 // Limits of the process. What is not here stays as the shim has it: the size of

@@ -16,6 +16,28 @@ type newNode struct {
 	name string // in dir, "" for a file without a name
 	kind uint32 // S_IFMT
 	mode uint32 // as the guest asked
+	// own says that it was made with the caller's ids.
+	own bool
+}
+
+// orAsOther calls make, which makes a name in dir, again with other ids if the
+// first try ended in EOVERFLOW: through a mount that maps ids (mount_setattr(2))
+// only those can make a name whose own ids it maps, and the server's it does not.
+// The other ids are the caller's, or of a request without any, as those that make
+// no new node are, the directory's: whose name it is makes no difference.
+func (s *Server) orAsOther(r *request, dir *inode, umask uint32, errno unix.Errno, make func() error) (other bool, _ unix.Errno) {
+	if errno != unix.EOVERFLOW {
+		return false, errno
+	}
+	uid, gid := r.UID, r.GID
+	if uid == fuse.NoID || gid == fuse.NoID {
+		var st unix.Statx_t
+		if errno := statFD(dir.fd, &st); errno != 0 {
+			return false, errno
+		}
+		uid, gid = st.Uid, st.Gid
+	}
+	return true, s.threads.as(uid, gid, umask, make)
 }
 
 // newIn returns the directory in which the request creates something.
@@ -37,7 +59,8 @@ func (s *Server) newEntry(r *request, node newNode, umask uint32, create func(di
 		return errno
 	}
 	defer s.inodes.put(node.dir)
-	errno = s.threads.withUmask(umask, func() error { return create(node.dir.fd, node.mode&^specialBits) })
+	make := func() error { return create(node.dir.fd, node.mode&^specialBits) }
+	node.own, errno = s.orAsOther(r, node.dir, umask, s.threads.withUmask(umask, make), make)
 	if errno != 0 {
 		return errno
 	}
@@ -88,7 +111,11 @@ func (s *Server) give(r *request, node newNode, fd int, st *unix.Statx_t) unix.E
 	}
 	// Somebody on the host may have put another node in its place, to have us
 	// give that away.
-	if uint32(st.Mode)&unix.S_IFMT != node.kind || st.Uid != s.uid || node.kind != unix.S_IFDIR && st.Nlink > 1 {
+	maker := s.uid
+	if node.own {
+		maker = r.UID
+	}
+	if uint32(st.Mode)&unix.S_IFMT != node.kind || st.Uid != maker || node.kind != unix.S_IFDIR && st.Nlink > 1 {
 		return unix.ESTALE
 	}
 	errno := unix.Errno(0)
@@ -196,7 +223,13 @@ func (s *Server) link(r *request) unix.Errno {
 		return errno
 	}
 	defer s.inodes.put(dir)
-	if errno := s.proc.link(n.fd, dir.fd, name); errno != 0 {
+	link := func() error {
+		if errno := s.proc.link(n.fd, dir.fd, name); errno != 0 {
+			return errno
+		}
+		return nil
+	}
+	if _, errno := s.orAsOther(r, dir, 0, hostErrno(link()), link); errno != 0 {
 		return errno
 	}
 	var st unix.Statx_t
@@ -256,10 +289,12 @@ func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, fl
 	}
 	fd := -1
 	errno = s.inodes.makingRoom(func() unix.Errno {
-		return s.threads.withUmask(in.Umask, func() (err error) {
+		make := func() (err error) {
 			fd, err = unix.Openat2(node.dir.fd, path, &how)
 			return err
-		})
+		}
+		node.own, errno = s.orAsOther(r, node.dir, in.Umask, s.threads.withUmask(in.Umask, make), make)
+		return errno
 	})
 	if errno == unix.EEXIST && name != "" && in.Flags&unix.O_EXCL == 0 {
 		return s.createExisting(r, in, node.dir, name)

@@ -42,6 +42,7 @@
 //	CAP_MKNOD            MKNOD of devices other than overlay whiteouts
 //	CAP_SYS_ADMIN        trusted.* xattrs
 //	CAP_SETFCAP          security.capability xattrs
+//	CAP_SETUID, SETGID   making names through mounts that map ids
 //	CAP_SYS_RESOURCE     reserved blocks of the host's file system
 //
 // Which of them a VMM has is in package jail. Every system call that a server makes

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -65,8 +66,47 @@ func serveInJail() {
 // than a VMM.
 func TestConformanceInJail(t *testing.T) {
 	program := buildConformance(t)
-	root, err := jail.Detached(tempDir(t))
+	t.Run("plain", func(t *testing.T) {
+		root, err := jail.Detached(tempDir(t))
+		must(t, err)
+		conform(t, program, "^$", mountInJail(t, root))
+	})
+	// As a volume of a pod with a user namespace: the ids of the server are not
+	// among those that the mount maps.
+	t.Run("mapped ids", func(t *testing.T) {
+		dir := tempDir(t)
+		must(t, os.Chown(dir, 100000, 100000))
+		root, err := jail.Detached(dir)
+		must(t, err)
+		namespace := userNamespace(t, syscall.SysProcIDMap{ContainerID: 100000, HostID: 0, Size: 65536})
+		defer namespace.Close()
+		must(t, unix.MountSetattr(int(root.Fd()), "", unix.AT_EMPTY_PATH, &unix.MountAttr{
+			Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(namespace.Fd()),
+		}))
+		// There are no ids but those.
+		conform(t, program, big+"|chown/ids", mountInJail(t, root))
+	})
+}
+
+// userNamespace makes one that maps users and groups like this.
+func userNamespace(t *testing.T, ids syscall.SysProcIDMap) *os.File {
+	t.Helper()
+	cmd := exec.Command("sleep", "infinity")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  unix.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{ids}, GidMappings: []syscall.SysProcIDMap{ids},
+	}
+	must(t, cmd.Start())
+	namespace, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
 	must(t, err)
+	return namespace
+}
+
+// mountInJail is mountShare for a server in a jail with this root, which it closes.
+func mountInJail(t *testing.T, root *os.File) string {
+	t.Helper()
 	fuse, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
 	must(t, err)
 	at := tempDir(t)
@@ -97,5 +137,5 @@ func TestConformanceInJail(t *testing.T) {
 			t.Errorf("the server: %v", err)
 		}
 	})
-	conform(t, program, "^$", at)
+	return at
 }

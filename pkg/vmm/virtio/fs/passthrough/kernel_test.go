@@ -134,6 +134,9 @@ func conform(t *testing.T, program, omit, at string) {
 	}
 }
 
+// big is what once is enough for.
+const big = "100000"
+
 // TestConformance runs test/fsconformance on a mounted share.
 func TestConformance(t *testing.T) {
 	program := buildConformance(t)
@@ -149,7 +152,6 @@ func TestConformance(t *testing.T) {
 		return dir + "/merged"
 	}
 	tmpfs := func(t *testing.T) string { return tempDir(t) }
-	const big = "100000" // once is enough
 	for _, tc := range []struct {
 		name   string
 		dir    func(t *testing.T) string

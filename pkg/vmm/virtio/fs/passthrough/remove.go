@@ -76,8 +76,8 @@ func (s *Server) move(r *request, newDirID uint64, flags uint, names []byte) uni
 	if replaced != nil {
 		defer s.inodes.put(replaced)
 	}
-	errno = retry(func() error { return unix.Renameat2(oldDir.fd, oldName, newDir.fd, newName, flags) })
-	if errno != 0 {
+	rename := func() error { return unix.Renameat2(oldDir.fd, oldName, newDir.fd, newName, flags) }
+	if _, errno := s.orAsOther(r, newDir, 0, retry(rename), rename); errno != 0 {
 		return errno
 	}
 	if replaced != nil {

@@ -41,6 +41,8 @@ func Syscalls() []seccomp.Rule {
 		unix.SYS_REMOVEXATTR,
 		unix.SYS_FLOCK,
 		unix.SYS_UMASK,
+		unix.SYS_SETFSUID, // where a mount maps ids; no other id of a thread changes
+		unix.SYS_SETFSGID,
 		unix.SYS_FCHDIR,
 	)
 	for _, command := range []uint32{unix.F_DUPFD_CLOEXEC, unix.F_OFD_SETLK, unix.F_OFD_GETLK} {

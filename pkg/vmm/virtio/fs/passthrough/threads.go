@@ -88,5 +88,19 @@ func (t *threads) withUmask(umask uint32, f func() error) (errno unix.Errno) {
 	return errno
 }
 
+// as runs f on one of the threads, which accesses files with these ids meanwhile,
+// and goes back to the server's own.
+func (t *threads) as(uid, gid uint32, umask uint32, f func() error) (errno unix.Errno) {
+	t.do(func() {
+		unix.Umask(int(umask & 0o777))
+		ownGID, _ := unix.SetfsgidRetGid(int(gid)) // they fail by doing nothing
+		ownUID, _ := unix.SetfsuidRetUid(int(uid))
+		errno = retry(f)
+		unix.SetfsuidRetUid(ownUID)
+		unix.SetfsgidRetGid(ownGID)
+	})
+	return errno
+}
+
 // close ends the threads. No do may follow or be under way.
 func (t *threads) close() { close(t.jobs) }
