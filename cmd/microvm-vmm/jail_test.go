@@ -289,7 +289,14 @@ func testMounts(t *testing.T, j *jailed) {
 		t.Fatal(err)
 	}
 	defer unix.Unmount(source, unix.MNT_DETACH)
+	if err := unix.Mount("", source, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(source, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	below := filepath.Join(source, "below")
+	if err := os.Mkdir(below, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	for range 3 {
@@ -313,6 +320,19 @@ func testMounts(t *testing.T, j *jailed) {
 			if _, err := os.Stat(j.proc("root", "late", name)); err != nil {
 				t.Error(err)
 			}
+		}
+		// What the host mounts in there later comes too, and goes.
+		if err := unix.Mount("tmpfs", below, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		if mounts := j.mounts(t); mounts["/late/mounts/0/below"] == "" {
+			t.Errorf("a late mount of the host's is not there: %v", mounts)
+		}
+		if err := unix.Unmount(below, 0); err != nil {
+			t.Error(err)
+		}
+		if mounts := j.mounts(t); mounts["/late/mounts/0/below"] != "" {
+			t.Error("a mount that the host has unmounted is there")
 		}
 		// The VMM is at work in there; what is unmounted is gone all the same.
 		busy, err := os.Open(j.proc("root", "late", "rootfs"))
