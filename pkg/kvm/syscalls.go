@@ -21,6 +21,8 @@ func Syscalls() []seccomp.Rule {
 		reqSetSregs,
 		reqGetRegs,
 		reqSetRegs,
+		reqGetLAPIC,
+		reqSetLAPIC,
 		reqGetMPState,
 		reqKVMClockCtrl,
 	)

@@ -16,5 +16,5 @@ func Syscalls() []seccomp.Rule {
 		unix.SYS_FSTAT,
 		unix.SYS_LSEEK,
 	)
-	return append(rules, seccomp.Ioctls(unix.BLKSSZGET)...)
+	return append(rules, seccomp.Ioctls(unix.BLKSSZGET, unix.BLKPBSZGET, unix.BLKALIGNOFF, unix.BLKIOMIN, unix.BLKIOOPT, unix.BLKDISCARD)...)
 }
