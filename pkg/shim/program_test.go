@@ -488,7 +488,7 @@ func TestSurroundings(t *testing.T) {
 		t.Errorf("mount namespaces %s and %s", ours, theirs)
 	}
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
-	if err != nil || !strings.Contains(string(mounts), n.root+"/ns/c1/shared/c1/rootfs") {
+	if err != nil || !strings.Contains(string(mounts), n.root+"/ns/c1/shared/tree/c1/rootfs") {
 		t.Errorf("the container's root is not mounted: %v", err)
 	}
 	line := make([]byte, 4096)
