@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -49,10 +50,16 @@ func (b *bench) containers() error {
 	if err := b.containerStarts(c); err != nil {
 		return err
 	}
+	var failed error
 	for _, r := range runtimes {
 		if err := b.runningContainer(c, r.subject, r.runtime); err != nil {
-			return fmt.Errorf("%s: %w", r.subject, err)
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", r.subject, err))
 		}
+	}
+	if failed != nil {
+		log, _ := os.ReadFile(filepath.Join(state, "containerd.log"))
+		fmt.Fprintf(os.Stderr, "the end of containerd's log:\n%s\n", log[max(0, len(log)-4000):])
+		return failed
 	}
 	b.missing("gVisor: its shim lowers oom_score_adj, which needs CAP_SYS_RESOURCE; not part of this run")
 	return nil

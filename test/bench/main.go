@@ -8,6 +8,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -83,23 +84,29 @@ func run(out string, runs int, groups []string) error {
 	}
 	defer os.RemoveAll(state)
 	b := &bench{top: top, state: state, runs: runs, report: Report{Machine: describeMachine()}}
-	for name, measure := range map[string]func() error{"machine": b.machines, "container": b.containers} {
-		if !slices.Contains(groups, name) {
+	// What was measured before something failed is kept and shown all the same.
+	var failed error
+	for _, g := range []struct {
+		name    string
+		measure func() error
+	}{{"machine", b.machines}, {"container", b.containers}} {
+		if !slices.Contains(groups, g.name) {
 			continue
 		}
-		if err := measure(); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+		if err := g.measure(); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", g.name, err))
+			b.missing("the rest of %s: %v", g.name, err)
 		}
 	}
 	b.print()
 	if out == "" {
-		return nil
+		return failed
 	}
 	text, err := json.MarshalIndent(b.report, "", "  ")
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(out, append(text, '\n'), 0o644)
+	return errors.Join(failed, os.WriteFile(out, append(text, '\n'), 0o644))
 }
 
 func describeMachine() Machine {
