@@ -260,9 +260,22 @@ func (s *start) finish(ctx context.Context, conn net.Conn, begin time.Time, pid 
 
 // kvmCounters reads what KVM itself counts for the process's machine.
 func kvmCounters(pid int) (map[string]float64, error) {
-	dirs, err := filepath.Glob(fmt.Sprintf("/sys/kernel/debug/kvm/%d-*", pid))
-	if err != nil || len(dirs) == 0 {
+	// The directory has the number of the thread that made the machine, and any
+	// of a Go program's may have.
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
 		return nil, err
+	}
+	var dirs []string
+	for _, t := range threads {
+		found, err := filepath.Glob("/sys/kernel/debug/kvm/" + t.Name() + "-*")
+		if err != nil {
+			return nil, err
+		}
+		dirs = append(dirs, found...)
+	}
+	if len(dirs) == 0 {
+		return nil, nil
 	}
 	counters := map[string]float64{}
 	for _, name := range []string{"exits", "io_exits", "mmio_exits", "halt_exits", "irq_exits", "insn_emulation", "signal_exits", "fpu_reload", "pf_fixed"} {
