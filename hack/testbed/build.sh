@@ -7,8 +7,8 @@ set -euo pipefail
 here=$REPO/hack/testbed
 cache=$MICROVM_CACHE/testbed
 
-# QEMU 7.2's package brings the libraries and virtiofsd.
-packages qemu-system-x86 qemu-system-common busybox-static kmod cpio zstd util-linux iproute2 >&2
+# Debian 12's qemu-system-common brings the virtiofsd that machine.sh starts.
+packages qemu-system-common busybox-static kmod cpio zstd util-linux iproute2 debian-archive-keyring >&2
 
 key=$(cat "$here"/{build.sh,init,job.sh} "$here"/tsckhz/* | sha256sum | cut -c1-16)
 dir=$cache/machine-$key
@@ -41,28 +41,37 @@ while read -r m; do
 	basename "$m" >>"$root/modules/order"
 done <"$SCRATCH/modules"
 
-# QEMU of bookworm-backports, unpacked beside the installed one: Debian 12's own, 7.2, emulates SVM with holes (it does not
-# intercept XSETBV, and guests were reset or froze once in a hundred starts) and is slower. The package list is the
-# machine's own with the suite replaced, where nothing else sees it.
+# QEMU of trixie-backports with the libraries it needs, unpacked where nothing else sees them. Debian 12's own, 7.2, emulates SVM
+# with holes (it does not intercept XSETBV); under it, and more rarely under 10.0, guests were reset and the machine froze.
 qemu=$SCRATCH/qemu
-mkdir -p "$qemu" "$SCRATCH/lists/partial"
+mkdir -p "$qemu" "$SCRATCH"/apt/{lists,archives}/partial
 site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Codename: bookworm' 'Component: main' | head -n 1)
-echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${site:-http://deb.debian.org/debian} bookworm-backports main" >"$SCRATCH/backports.list"
-backports=(-q -o Dir::Etc::sourcelist="$SCRATCH/backports.list" -o Dir::Etc::sourceparts=- -o Dir::State::lists="$SCRATCH/lists"
-	-o APT::Sandbox::User=root)
-(
-	cd "$SCRATCH"
-	apt-get "${backports[@]}" update
-	apt-get "${backports[@]}" download qemu-system-{x86,common,data} seabios
-	for deb in qemu-system-*.deb seabios*.deb; do dpkg -x "$deb" "$qemu"; done
-) >&2
-"$qemu/usr/bin/qemu-system-x86_64" --version >&2 || die "QEMU of bookworm-backports does not start"
+for suite in trixie trixie-backports; do
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${site:-http://deb.debian.org/debian} $suite main"
+done >"$SCRATCH/apt/sources.list"
+: >"$SCRATCH/apt/status" # nothing is installed: apt names every library
+apt=(-q -o Dir::Etc::sourcelist="$SCRATCH/apt/sources.list" -o Dir::Etc::sourceparts=- -o Dir::State::lists="$SCRATCH/apt/lists"
+	-o Dir::State::status="$SCRATCH/apt/status" -o Dir::Cache="$SCRATCH/apt" -o APT::Sandbox::User=root)
+{
+	apt-get "${apt[@]}" update
+	apt-get "${apt[@]}" install -y --no-install-recommends --download-only -t trixie-backports qemu-system-x86
+	for deb in "$SCRATCH"/apt/archives/*.deb; do dpkg -x "$deb" "$qemu"; done
+} >&2
+cat >"$qemu/run" <<-'X'
+	#!/bin/sh
+	# QEMU with its own loader and libraries.
+	root=$(dirname "$0")
+	exec "$root/usr/lib64/ld-linux-x86-64.so.2" --library-path "$root/usr/lib/x86_64-linux-gnu" \
+		"$root/usr/bin/qemu-system-x86_64" -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
+X
+chmod 755 "$qemu/run"
+"$qemu/run" --version >&2 || die "QEMU of trixie-backports does not start"
 
 new=$(mktemp -d "$cache/new.XXXXXX")
 (cd "$root" && find . | sort | cpio -o -H newc --quiet) | zstd -q -1 >"$new/initramfs"
 mkdir "$new/lib"
 cp -r "$pkg/lib/modules" "$new/lib/"
-cp -r "$qemu" "$new/qemu"
+cp -a "$qemu" "$new/qemu"
 (cd "$REPO" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$new/tsckhz" ./hack/testbed/tsckhz)
 cp "$pkg/boot/vmlinuz-$version" "$new/kernel"
 chmod 755 "$new"

@@ -52,8 +52,7 @@ cat "$dir/monitor.out" >"$dir/monitor.log" &
 	sleep $((limit + 25))
 	printf '%s\n' 'info cpus' 'info registers -a' 'info pic' >"$dir/monitor.in"
 ) &
-timeout --signal=KILL $((limit + 30)) "$machine/qemu/usr/bin/qemu-system-x86_64" \
-	-L "$machine/qemu/usr/share/qemu" -L "$machine/qemu/usr/share/seabios" \
+timeout --signal=KILL $((limit + 30)) "$machine/qemu/run" \
 	-M q35,usb=off,sata=off,smbus=off,vmport=off,memory-backend=ram -accel tcg,thread=multi -cpu max,-la57 \
 	-smp "$cpus" -m "$mem" -object "memory-backend-memfd,id=ram,size=${mem}M,share=on" \
 	-nodefaults -no-user-config -display none -no-reboot -monitor pipe:"$dir/monitor" \
