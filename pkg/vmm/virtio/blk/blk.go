@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 )
 
@@ -57,6 +58,8 @@ type Config struct {
 	// Serial is what the guest finds in /sys/block/vdX/serial: at most 20
 	// bytes.
 	Serial string
+	// Limit is what the disk may do, with all that share it; nil is no limit.
+	Limit *ratelimit.Limiter
 	// Log gets the host's errors, at most one every ten seconds; nil drops
 	// them. The guest sees an I/O error either way.
 	Log *slog.Logger
@@ -83,6 +86,7 @@ func New(c Config) (*Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("block device %s: %w", c.File.Name(), err)
 	}
+	k.gate = c.Limit.NewGate()
 	d := &Device{disk: k, readOnly: c.ReadOnly}
 	copy(d.serial[:], c.Serial)
 
@@ -141,11 +145,15 @@ func (d *Device) Activate(a virtio.Activation) error {
 	if q == nil {
 		return nil
 	}
+	d.disk.gate.Open()
 	s := &session{disk: d.disk, readOnly: d.readOnly, serial: d.serial, features: a.Features}
 	d.serving.Go(func() { virtio.ServeConcurrently(q, workers, a.Fail, s.handle) })
 	return nil
 }
 
 // Reset implements virtio.Device. It waits for the requests that are with the
-// host.
-func (d *Device) Reset() { d.serving.Wait() }
+// host; those that wait for their turn under the limit are dropped.
+func (d *Device) Reset() {
+	d.disk.gate.Close()
+	d.serving.Wait()
+}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 )
 
 // disk is the host's side. Its methods run concurrently.
@@ -23,6 +25,7 @@ type disk struct {
 	discardUnit uint32 // bytes
 	topology    topology
 	device      bool // a block device
+	gate        *ratelimit.Gate
 	errors      errorLog
 }
 
@@ -122,6 +125,15 @@ func (d *disk) extent(sector, length uint64) (offset int64, err error) {
 	return int64(sector * sectorSize), nil
 }
 
+// pay waits until the limit allows so much. Each operation is counted once, and
+// of bytes those that are read or written.
+func (d *disk) pay(operations, bytes uint64) error {
+	if !d.gate.Take(operations, bytes) {
+		return errReset
+	}
+	return nil
+}
+
 // read fills the buffers, which it uses up.
 func (d *disk) read(buffers [][]byte, offset int64) error {
 	return d.transfer("read", buffers, offset, func(b [][]byte, offset int64) (int, error) {
@@ -196,6 +208,9 @@ func (d *disk) writeZeroes(offset, length int64, unmap bool) error {
 	}
 	for length > 0 {
 		n := min(length, int64(len(zeroes)))
+		if err := d.pay(0, uint64(n)); err != nil {
+			return err
+		}
 		if err := d.write([][]byte{zeroes[:n]}, offset, false); err != nil {
 			return err
 		}

@@ -35,6 +35,7 @@ const (
 var (
 	errUnsupported = errors.New("not supported")
 	errBadRequest  = errors.New("bad request")
+	errReset       = errors.New("the device is being reset")
 )
 
 // session is the device as one driver activated it. Its methods run
@@ -92,6 +93,9 @@ func (s *session) serve(c *virtio.Chain, dataIn uint64) (uint64, error) {
 			return 0, errBadRequest
 		}
 		offset, err := s.disk.extent(sector, dataIn)
+		if err == nil {
+			err = s.disk.pay(1, dataIn)
+		}
 		if err != nil {
 			return 0, err
 		}
@@ -119,6 +123,9 @@ func (s *session) change(kind uint32, c *virtio.Chain, sector, dataOut uint64) e
 	switch kind {
 	case typeOut:
 		offset, err := s.writable(sector, dataOut)
+		if err == nil {
+			err = s.disk.pay(1, dataOut)
+		}
 		if err != nil {
 			return err
 		}
@@ -132,6 +139,9 @@ func (s *session) change(kind uint32, c *virtio.Chain, sector, dataOut uint64) e
 			return s.disk.writeZeroes(offset, length, flags&flagUnmap != 0)
 		})
 	default: // typeFlush
+		if err := s.disk.pay(1, 0); err != nil {
+			return err
+		}
 		return s.disk.sync()
 	}
 }
@@ -181,6 +191,9 @@ func (s *session) segments(c *virtio.Chain, length uint64, feature uint64, maxSe
 		sectors := le.Uint32(segment[8:])
 		if sectors == 0 {
 			continue // fallocate(2) takes no empty range
+		}
+		if err := s.disk.pay(1, 0); err != nil {
+			return err
 		}
 		if err := do(int64(le.Uint64(segment))*sectorSize, int64(sectors)*sectorSize, le.Uint32(segment[12:])); err != nil {
 			return err
