@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 )
 
@@ -80,6 +81,9 @@ type Config struct {
 	MAC [6]byte
 	// MTU is the one the guest is told, in bytes; zero tells it none.
 	MTU int
+	// RXLimit and TXLimit are what the guest may receive and send, with all NICs
+	// that share them; nil is no limit.
+	RXLimit, TXLimit *ratelimit.Limiter
 	// Log gets a line when the host takes the tap away, and one when the driver
 	// gives useless buffers, each once; nil drops them.
 	Log *slog.Logger
@@ -107,6 +111,8 @@ type Device struct {
 	offloads int         // as the tap has them; Activate's own
 	gone     atomic.Bool // the tap is: the link is down
 
+	rxGate, txGate *ratelimit.Gate
+
 	badBuffers, tapGone sync.Once // to log
 
 	serving sync.WaitGroup
@@ -127,7 +133,7 @@ func New(c Config) (_ *Device, err error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	d := &Device{log: c.Log, mac: c.MAC, mtu: c.MTU}
+	d := &Device{log: c.Log, mac: c.MAC, mtu: c.MTU, rxGate: c.RXLimit.NewGate(), txGate: c.TXLimit.NewGate()}
 	d.features = featureCsum | featureGuestCsum | featureMAC | featureStatus | featureMrgRxbuf | featureCtrlVQ |
 		featureGuestTSO4 | featureGuestTSO6 | featureGuestECN | featureHostTSO4 | featureHostTSO6 | featureHostECN
 	if c.MTU != 0 {
@@ -223,13 +229,15 @@ func (d *Device) Activate(a virtio.Activation) error {
 	if err := d.setUp(a.Features, d.pairs[:pairs]); err != nil {
 		return fmt.Errorf("network device: %w", err)
 	}
+	d.rxGate.Open()
+	d.txGate.Open()
 	for i, p := range d.pairs[:pairs] {
 		if q := a.Queues[2*i]; q != nil {
 			r := newReceiver(d, p, q, a)
 			d.serving.Go(r.serve)
 		}
 		if q := a.Queues[2*i+1]; q != nil {
-			t := newTransmitter(p, q)
+			t := newTransmitter(p, q, d.txGate)
 			d.serving.Go(func() { virtio.Serve(q, a.Fail, t.send) })
 		}
 	}
@@ -262,6 +270,8 @@ func (d *Device) setUp(features uint64, pairs []*pair) error {
 
 // Reset implements virtio.Device.
 func (d *Device) Reset() {
+	d.rxGate.Close()
+	d.txGate.Close()
 	for _, p := range d.pairs {
 		_ = p.interrupt(true) // fails only when nobody can wait either
 	}

@@ -41,8 +41,9 @@ type receiver struct {
 	// longer.
 	cutVector unix.Iovec
 
-	receive func(uintptr) bool // receiveSome, made once
-	err     error              // why receiveSome cannot go on
+	receive   func(uintptr) bool // receiveSome, made once
+	err       error              // why receiveSome cannot go on
+	throttled bool               // receiveSome has found that the limit is reached
 }
 
 func newReceiver(d *Device, p *pair, q *virtio.Queue, a virtio.Activation) *receiver {
@@ -63,7 +64,8 @@ func newReceiver(d *Device, p *pair, q *virtio.Queue, a virtio.Activation) *rece
 }
 
 // serve is the goroutine. It waits for buffers of the guest's or, when there are
-// enough, for frames: never for both.
+// enough, for frames, or until the limit allows another one: never for two of
+// them.
 func (r *receiver) serve() {
 	for {
 		enough, err := r.gather()
@@ -82,6 +84,14 @@ func (r *receiver) serve() {
 		}
 		if err := r.pair.waiter.Read(r.receive); err != nil {
 			return // a Reset has interrupted it
+		}
+		if r.throttled {
+			// Not in receiveSome, which holds the pair. Frames wait in the tap's
+			// queue, like those that the guest has no buffers for.
+			r.throttled = false
+			if !r.device.rxGate.Await() {
+				return // likewise
+			}
 		}
 		if r.err != nil {
 			// EBADFD when the link was deleted: nothing will ever come.
@@ -132,16 +142,22 @@ func (r *receiver) receiveSome(uintptr) bool {
 	// The guest is told before anybody waits, and not of every small frame.
 	defer r.queue.Flush()
 	for frames, bytes := 0, 0; frames < rxBatch && bytes < rxBatchBytes; frames++ {
+		if r.throttled = !r.device.rxGate.Ready(); r.throttled {
+			return true
+		}
 		switch n, err := readv(r.pair.fd, append(r.iov, r.cutVector)); err {
 		case 0:
 			r.received(n)
 			bytes += n
+			// Its length is known only now. What is dropped was work as well.
+			r.device.rxGate.Charge(1, uint64(max(n-headerSize, 0)))
 		case unix.EAGAIN:
 			return false
 		case unix.EINTR:
 			continue
 		case unix.EFAULT:
 			r.pair.rx.dropped.Add(1) // the kernel has dropped the frame
+			r.device.rxGate.Charge(1, 0)
 		default:
 			r.err = err
 			return true
