@@ -172,7 +172,7 @@ func newBucket(r Rate) bucket {
 // time is how long n tokens take to come, n being a burst or up to 4 GiB.
 func (b *bucket) time(n uint64) time.Duration {
 	hi, lo := bits.Mul64(n, uint64(time.Second))
-	lo, carry := bits.Add64(lo, b.rate.PerSecond-1, 0) // rounded up: the rate is never exceeded
+	lo, carry := bits.Add64(lo, b.rate.PerSecond-1, 0) // rounded up: many small ones are no more than the rate
 	q, _ := bits.Div64(hi+carry, lo, b.rate.PerSecond)
 	return time.Duration(q)
 }
@@ -204,8 +204,8 @@ func (b *bucket) take(now time.Time, n uint64) {
 // giveBack puts back n of the tokens that were taken. What the bucket does not
 // hold is lost.
 func (b *bucket) giveBack(n uint64) {
-	if b.rate.PerSecond != 0 && n > 0 {
-		b.full = b.full.Add(1 - b.time(n)) // rounded down
+	if b.rate.PerSecond != 0 {
+		b.full = b.full.Add(-b.time(n))
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"unicode/utf8"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/passthrough"
 )
@@ -59,6 +60,8 @@ type Config struct {
 	Workers int
 	// Limits bounds what the guest can make the server hold.
 	Limits passthrough.Limits
+	// Limit is passthrough.Config's.
+	Limit *ratelimit.Limiter
 	// Log gets a bounded number of lines about what no honest driver sends. May
 	// be nil.
 	Log *slog.Logger
@@ -98,7 +101,7 @@ func New(c Config) (*Device, error) {
 	share := passthrough.Config{
 		Root: c.Root, ProcSelfFD: c.ProcSelfFD, ReadOnly: c.ReadOnly,
 		AttrTimeout: passthrough.DefaultTimeout, EntryTimeout: passthrough.DefaultTimeout,
-		Limits: c.Limits, Log: c.Log,
+		Limits: c.Limits, Limit: c.Limit, Log: c.Log,
 	}
 	if c.Uncached {
 		share.AttrTimeout, share.EntryTimeout = 0, 0

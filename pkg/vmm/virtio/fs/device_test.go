@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit/ratelimittest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse/fusetest"
@@ -221,6 +223,30 @@ func TestResetEndsLockWaits(t *testing.T) {
 	}
 	if errno := guest.Setlkw(guest.Unique(), e.NodeID, fh, 3, lock, 0); errno != 0 {
 		t.Errorf("the lock of before is still held: %v", errno)
+	}
+}
+
+// TestResetEndsLimitWaits resets a device all of whose workers wait for time that
+// does not pass.
+func TestResetEndsLimitWaits(t *testing.T) {
+	clock := ratelimittest.New()
+	limit, err := ratelimit.New(ratelimit.Limits{Bytes: ratelimit.Rate{PerSecond: 4096, Burst: 4096}}, clock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := newDriver(t, newDevice(t, Config{Limit: limit}))
+	guest := guestOn(t, d, firstQueue)
+	guest.Init()
+	readable, writable := readRequest(4096)(guest) // which writes all that the limit allows
+	for range 2 * defaultWorkers {
+		d.Send(firstQueue, readable, writable)
+	}
+	clock.AwaitTimer()
+	d.Reset()
+	d.Activate()
+	guest.Init()
+	if _, errno := guest.Lookup(fuse.RootID, "file"); errno != 0 {
+		t.Errorf("LOOKUP after the reset: %v", errno)
 	}
 }
 

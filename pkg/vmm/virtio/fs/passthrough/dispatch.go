@@ -25,6 +25,7 @@ const (
 	noReply              // not even an error
 	anywhen              // before INIT too
 	withData             // what follows args stays in the guest's buffers: request.data
+	persists             // has something written back to the disk
 )
 
 var operations = [fuse.MaxOpcode]operation{
@@ -51,7 +52,7 @@ var operations = [fuse.MaxOpcode]operation{
 	fuse.Open:          {serve: (*Server).open, args: fuse.OpenInSize, reply: fuse.OpenOutSize},
 	fuse.Release:       {serve: (*Server).releaseFile, args: fuse.ReleaseInSize},
 	fuse.Flush:         {serve: (*Server).flush, args: fuse.FlushInSize},
-	fuse.Fsync:         {serve: (*Server).fsync, args: fuse.FsyncInSize},
+	fuse.Fsync:         {serve: (*Server).fsync, args: fuse.FsyncInSize, flags: persists},
 	fuse.Read:          {serve: (*Server).read, args: fuse.ReadInSize},
 	fuse.Write:         {serve: (*Server).write, args: fuse.WriteInSize, reply: fuse.WriteOutSize, flags: mutates | withData},
 	fuse.Lseek:         {serve: (*Server).lseek, args: fuse.LseekInSize, reply: fuse.LseekOutSize},
@@ -61,9 +62,9 @@ var operations = [fuse.MaxOpcode]operation{
 	fuse.Readdir:       {serve: (*Server).readdir, args: fuse.ReadInSize},
 	fuse.Readdirplus:   {serve: (*Server).readdirplus, args: fuse.ReadInSize},
 	fuse.Releasedir:    {serve: (*Server).releaseDir, args: fuse.ReleaseInSize},
-	fuse.Fsyncdir:      {serve: (*Server).fsyncDir, args: fuse.FsyncInSize},
+	fuse.Fsyncdir:      {serve: (*Server).fsyncDir, args: fuse.FsyncInSize, flags: persists},
 	fuse.Statfs:        {serve: (*Server).statfs, reply: fuse.StatfsOutSize},
-	fuse.Syncfs:        {serve: (*Server).syncfs},
+	fuse.Syncfs:        {serve: (*Server).syncfs, flags: persists},
 	fuse.Setxattr:      {serve: (*Server).setxattr, args: fuse.SetxattrInShortSize + 2, flags: mutates},
 	fuse.Getxattr:      {serve: (*Server).getxattr, args: fuse.GetxattrInSize + 2},
 	fuse.Listxattr:     {serve: (*Server).listxattr, args: fuse.GetxattrInSize},
@@ -164,5 +165,8 @@ func (s *Server) serve(r *request) unix.Errno {
 	}
 	r.args = r.args[:args]
 	gather(r.args, r.readable, fuse.InHeaderSize)
+	if op.flags&(mutates|persists) != 0 && !s.gate.Take(1, uint64(r.data)) {
+		return unix.EINTR
+	}
 	return op.serve(s, r)
 }

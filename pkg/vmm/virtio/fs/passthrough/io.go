@@ -20,6 +20,10 @@ func (s *Server) read(r *request) unix.Errno {
 		return errno
 	}
 	defer s.handles.put(h)
+	if !s.gate.Take(1, uint64(size)) {
+		return unix.EINTR
+	}
+	defer func() { s.gate.GiveBack(uint64(size - r.direct)) }()
 	r.window = slice(r.window[:0], r.writable, fuse.OutHeaderSize, size)
 	// A short reply means the end of the file to the kernel, who then takes the
 	// file for shorter: only a read of nothing is the end.
@@ -167,12 +171,17 @@ func (s *Server) copyFileRange(r *request) unix.Errno {
 		return errno
 	}
 	defer s.handles.put(to)
-	var n int
+	length := min(in.Len, maxCopy)
+	if !s.gate.Take(0, length) { // the operation is paid for
+		return unix.EINTR
+	}
+	n := 0
 	errno = retry(func() (err error) {
 		offIn, offOut := int64(in.OffIn), int64(in.OffOut)
-		n, err = unix.CopyFileRange(from.fd, &offIn, to.fd, &offOut, int(min(in.Len, maxCopy)), 0)
+		n, err = unix.CopyFileRange(from.fd, &offIn, to.fd, &offOut, int(length), 0)
 		return err
 	})
+	s.gate.GiveBack(length - uint64(max(n, 0)))
 	if errno != 0 {
 		return errno
 	}

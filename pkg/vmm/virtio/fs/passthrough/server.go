@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 )
 
@@ -30,6 +31,12 @@ type Config struct {
 	AttrTimeout, EntryTimeout time.Duration
 	// Limits bounds what the guest can make the server hold.
 	Limits Limits
+	// Limit is what the server may do to the host's disks, with all that share it;
+	// nil is no limit. Counted are the bytes that are read, written and copied, and
+	// as operations these requests and those that change something or have it
+	// written back. Lookups and the like are not: as a rule the host has in memory
+	// what they ask for, and the start of one container makes thousands.
+	Limit *ratelimit.Limiter
 	// Log gets what the guest does wrong, once for each kind. Nil discards it.
 	Log *slog.Logger
 }
@@ -93,6 +100,7 @@ type Server struct {
 	attrTimeout  fuse.Time
 	entryTimeout fuse.Time
 	log          *slog.Logger
+	gate         *ratelimit.Gate
 	uid, gid     uint32 // whose what the server creates is
 
 	proc    procDir
@@ -124,6 +132,7 @@ func New(c Config) (*Server, error) {
 		attrTimeout:  timeout(c.AttrTimeout),
 		entryTimeout: timeout(c.EntryTimeout),
 		log:          c.Log,
+		gate:         c.Limit.NewGate(),
 		uid:          uint32(os.Geteuid()),
 		gid:          uint32(os.Getegid()),
 	}
@@ -186,9 +195,12 @@ func openRoot(given *os.File) (int, error) {
 	return unix.Openat(int(given.Fd()), ".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 }
 
-// Cancel makes every request that waits for a lock fail with EINTR, and those
-// that would, until Reset.
-func (s *Server) Cancel() { s.locks.cancel() }
+// Cancel makes every request that waits for a lock or for the limit fail with
+// EINTR, and those that would, until Reset.
+func (s *Server) Cancel() {
+	s.locks.cancel()
+	s.gate.Close()
+}
 
 // Reset ends the guest's session: everything it held is released. No request
 // may be under way, except those that wait for locks.
@@ -198,6 +210,7 @@ func (s *Server) Reset() {
 	s.release()
 	s.session.Store(nil)
 	s.locks.restart()
+	s.gate.Open()
 }
 
 // release gives up what the guest holds. Requests may be under way.
