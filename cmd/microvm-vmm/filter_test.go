@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/balloon"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/console"
@@ -37,15 +38,20 @@ func TestDevicesOnVCPUThread(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	share, err := newShare("shared", dir, nil, log)
+	rate := ratelimit.Limits{Operations: ratelimit.Rate{PerSecond: 1, Burst: 1}}
+	limits, err := newLimiters(control.RateLimits{Disk: rate, NetworkReceive: rate, NetworkTransmit: rate}, ratelimit.SystemClock)
 	if err != nil {
 		t.Fatal(err)
 	}
-	nic, err := newNIC(control.NIC{MAC: "02:00:00:00:00:01", QueuePairs: 2}, openTaps(t, 2), log)
+	share, err := limits.newShare("shared", dir, nil, log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	disk, err := newDisk(control.Disk{}, tempFile(t, "disk", make([]byte, 512)), log)
+	nic, err := limits.newNIC(control.NIC{MAC: "02:00:00:00:00:01", QueuePairs: 2}, openTaps(t, 2), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk, err := limits.newDisk(control.Disk{}, tempFile(t, "disk", make([]byte, 512)), log)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/blk"
 	virtionet "github.com/microvm-runtime/microvm/pkg/vmm/virtio/net"
@@ -23,8 +24,28 @@ type plugged struct {
 	close func() error
 }
 
+// limiters are shared by the devices that they are for; nil is no limit.
+type limiters struct{ disk, receive, transmit *ratelimit.Limiter }
+
+func newLimiters(limits control.RateLimits, clock ratelimit.Clock) (l limiters, err error) {
+	for _, part := range []struct {
+		name    string
+		limits  ratelimit.Limits
+		limiter **ratelimit.Limiter
+	}{
+		{"disk", limits.Disk, &l.disk},
+		{"network receive", limits.NetworkReceive, &l.receive},
+		{"network transmit", limits.NetworkTransmit, &l.transmit},
+	} {
+		if *part.limiter, err = ratelimit.New(part.limits, clock); err != nil {
+			return limiters{}, fmt.Errorf("rate limits: %s: %w", part.name, err)
+		}
+	}
+	return l, nil
+}
+
 // newNIC makes a NIC over the taps, which it closes: the device has copies.
-func newNIC(nic control.NIC, taps []*os.File, log *slog.Logger) (plugged, error) {
+func (l limiters) newNIC(nic control.NIC, taps []*os.File, log *slog.Logger) (plugged, error) {
 	defer func() {
 		for _, tap := range taps {
 			tap.Close()
@@ -34,7 +55,9 @@ func newNIC(nic control.NIC, taps []*os.File, log *slog.Logger) (plugged, error)
 	if err != nil || len(mac) != 6 {
 		return plugged{}, fmt.Errorf("NIC: %q is no MAC address", nic.MAC)
 	}
-	device, err := virtionet.New(virtionet.Config{Taps: taps, MAC: [6]byte(mac), MTU: nic.MTU, Log: log.With("mac", nic.MAC)})
+	device, err := virtionet.New(virtionet.Config{
+		Taps: taps, MAC: [6]byte(mac), MTU: nic.MTU, RXLimit: l.receive, TXLimit: l.transmit, Log: log.With("mac", nic.MAC),
+	})
 	if err != nil {
 		return plugged{}, fmt.Errorf("NIC %s: %w", nic.MAC, err)
 	}
@@ -46,12 +69,12 @@ func newNIC(nic control.NIC, taps []*os.File, log *slog.Logger) (plugged, error)
 }
 
 // newDisk makes a disk over the file, which belongs to it.
-func newDisk(disk control.Disk, file *os.File, log *slog.Logger) (plugged, error) {
+func (l limiters) newDisk(disk control.Disk, file *os.File, log *slog.Logger) (plugged, error) {
 	if disk.Pmem {
 		file.Close()
 		return plugged{}, errors.New("persistent memory can only be attached to a machine that runs")
 	}
-	device, err := blk.New(blk.Config{File: file, ReadOnly: disk.ReadOnly, Serial: disk.Serial, Log: log})
+	device, err := blk.New(blk.Config{File: file, ReadOnly: disk.ReadOnly, Serial: disk.Serial, Limit: l.disk, Log: log})
 	if err != nil {
 		file.Close()
 		return plugged{}, err
@@ -60,14 +83,14 @@ func newDisk(disk control.Disk, file *os.File, log *slog.Logger) (plugged, error
 }
 
 // bootDevices makes the disks and NICs that config has from the start.
-func bootDevices(config control.Config, files map[string]*os.File, log *slog.Logger) ([]plugged, error) {
+func (l limiters) bootDevices(config control.Config, files map[string]*os.File, log *slog.Logger) ([]plugged, error) {
 	var devices []plugged
 	for i, disk := range config.Disks {
 		file := files[control.FileDisk(i)]
 		if file == nil {
 			return nil, fmt.Errorf("disk %d has no file", i)
 		}
-		p, err := newDisk(disk, file, log)
+		p, err := l.newDisk(disk, file, log)
 		if err != nil {
 			return nil, fmt.Errorf("disk %d: %w", i, err)
 		}
@@ -82,7 +105,7 @@ func bootDevices(config control.Config, files map[string]*os.File, log *slog.Log
 			}
 			taps = append(taps, tap)
 		}
-		p, err := newNIC(nic, taps, log)
+		p, err := l.newNIC(nic, taps, log)
 		if err != nil {
 			return nil, err
 		}
@@ -92,7 +115,7 @@ func bootDevices(config control.Config, files map[string]*os.File, log *slog.Log
 }
 
 func (m *machine) attachNIC(nic control.NIC, taps []*os.File) (address string, err error) {
-	p, err := newNIC(nic, taps, m.log)
+	p, err := m.limiters.newNIC(nic, taps, m.log)
 	if err != nil {
 		return "", err
 	}
@@ -103,7 +126,7 @@ func (m *machine) attachDisk(disk control.Disk, file *os.File) (address string, 
 	if disk.Pmem {
 		return m.attachPmem(disk, file)
 	}
-	p, err := newDisk(disk, file, m.log)
+	p, err := m.limiters.newDisk(disk, file, m.log)
 	if err != nil {
 		return "", err
 	}

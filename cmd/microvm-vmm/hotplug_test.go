@@ -250,7 +250,7 @@ func TestBootDevicesRefused(t *testing.T) {
 		{control.Config{NICs: []control.NIC{{QueuePairs: 1}}}, "NIC 0 has no tap for queue pair 0"},
 		{control.Config{NICs: []control.NIC{{QueuePairs: -1, MAC: "02:00:00:00:00:01"}}}, "0 queue pairs"},
 	} {
-		if _, err := bootDevices(tc.config, map[string]*os.File{control.FileTap(1, 0): tap}, log); err == nil || !strings.Contains(err.Error(), tc.want) {
+		if _, err := (limiters{}).bootDevices(tc.config, map[string]*os.File{control.FileTap(1, 0): tap}, log); err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%+v: %v", tc.config, err)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/vmm"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/balloon"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/console"
@@ -39,9 +40,10 @@ const guestCID = 3
 // machine is a vmm.Machine and the devices that the outside talks to.
 type machine struct {
 	*vmm.Machine
-	vsock   *vsock.Device
-	console *console.Device
-	log     *slog.Logger
+	vsock    *vsock.Device
+	console  *console.Device
+	limiters limiters
+	log      *slog.Logger
 
 	mu      sync.Mutex
 	plugged map[string]plugged // by PCI address; protected by mu
@@ -68,8 +70,13 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	} else if info.Size() == 0 {
 		return nil, errors.New("guest image is empty; build it again with: make image")
 	}
+	limiters, err := newLimiters(config.RateLimits, ratelimit.SystemClock)
+	if err != nil {
+		return nil, err
+	}
 	m := &machine{
-		log: log,
+		limiters: limiters,
+		log:      log,
 		vsock: vsock.New(vsock.Config{
 			GuestCID: guestCID,
 			Accept: func(port uint32) (*os.File, error) {
@@ -90,13 +97,13 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 		m.vsock,
 	}
 	if config.SharedTag != "" {
-		share, err := newShare(config.SharedTag, files[fileShared], files[fileProcSelfFD], log)
+		share, err := limiters.newShare(config.SharedTag, files[fileShared], files[fileProcSelfFD], log)
 		if err != nil {
 			return nil, err
 		}
 		devices = append(devices, share)
 	}
-	removable, err := bootDevices(config, files, log)
+	removable, err := limiters.bootDevices(config, files, log)
 	if err != nil {
 		return nil, err
 	}
@@ -139,11 +146,11 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	return m, nil
 }
 
-func newShare(tag string, root, procSelfFD *os.File, log *slog.Logger) (*fs.Device, error) {
+func (l limiters) newShare(tag string, root, procSelfFD *os.File, log *slog.Logger) (*fs.Device, error) {
 	if root == nil {
 		return nil, fmt.Errorf("share %q has no directory", tag)
 	}
-	share, err := fs.New(fs.Config{Tag: tag, Root: root, ProcSelfFD: procSelfFD, Log: log})
+	share, err := fs.New(fs.Config{Tag: tag, Root: root, ProcSelfFD: procSelfFD, Limit: l.disk, Log: log})
 	if err != nil {
 		return nil, fmt.Errorf("share %q: %w", tag, err)
 	}

@@ -18,6 +18,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
 )
 
 // Descriptors that the VMM is started with.
@@ -83,11 +85,25 @@ type Config struct {
 	SharedTag string `json:"shared_tag,omitempty"`
 	Disks     []Disk `json:"disks,omitempty"`
 	NICs      []NIC  `json:"nics,omitempty"`
+	// RateLimits are for the devices of the start and those that come later.
+	RateLimits RateLimits `json:"rate_limits,omitzero"`
 	// ListenPorts are the host vsock ports that the guest may connect to.
 	ListenPorts []uint32 `json:"listen_ports,omitempty"`
 	// DebugConsole turns the serial port on and sends early kernel messages to
 	// it; it ends where the console ends.
 	DebugConsole bool `json:"debug_console,omitempty"`
+}
+
+// RateLimits are each shared by all devices that they are for. The zero value is
+// none.
+type RateLimits struct {
+	// Disk is for virtio-blk disks and the shared directory. What a guest reads
+	// from persistent memory nobody sees.
+	Disk ratelimit.Limits `json:"disk,omitzero"`
+	// NetworkReceive and NetworkTransmit are for NICs, from the guest's side: what
+	// it receives and what it sends. An operation is a frame.
+	NetworkReceive  ratelimit.Limits `json:"network_receive,omitzero"`
+	NetworkTransmit ratelimit.Limits `json:"network_transmit,omitzero"`
 }
 
 // Disk is a virtio-blk device over a FileDisk descriptor.
