@@ -42,7 +42,8 @@ type machine interface {
 type launchRequest struct {
 	config *config.Config
 	size   size
-	limit  size     // up to where it can grow
+	limit  size // up to where it can grow
+	rates  control.RateLimits
 	shared *os.File // from tree.Open; stays the caller's
 	// id is the VMM's user and group id.
 	id uint32
@@ -101,6 +102,7 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 			CommandLine:    r.config.KernelParams,
 			SharedTag:      sharedTag,
 			NICs:           nics,
+			RateLimits:     r.rates,
 			ListenPorts:    []uint32{agentclient.ControlPort},
 			DebugConsole:   r.config.Debug,
 		},

@@ -60,7 +60,9 @@ func (s *service) plan(r *taskapi.CreateTaskRequest, first bool) (*plan, error) 
 		version:     spec.Version,
 		annotations: spec.Annotations,
 		limits:      containerLimits(spec),
-		sandbox:     sandboxConfig{limits: limitsOf(spec), hostname: spec.Hostname, network: networkNamespace(spec), onOOM: s.oom},
+		sandbox: sandboxConfig{
+			limits: limitsOf(spec), hostname: spec.Hostname, network: networkNamespace(spec), annotations: spec.Annotations, onOOM: s.oom,
+		},
 	}
 	if spec.Linux != nil {
 		p.sandbox.cgroupsPath = spec.Linux.CgroupsPath

@@ -95,8 +95,9 @@ func (p *pod) pid() uint32 { return uint32(p.sandbox.vm.Pid()) }
 func (p *pod) sandboxConfig() sandboxConfig {
 	linux := p.config.GetLinux()
 	c := sandboxConfig{
-		hostname: p.config.GetHostname(),
-		network:  p.netns,
+		hostname:    p.config.GetHostname(),
+		network:     p.netns,
+		annotations: p.config.GetAnnotations(),
 		// As containerd's CRI plugin has it where it makes the sandbox, the
 		// sysctls unless it is configured otherwise.
 		shm: guestspec.Shm{Bytes: 64 << 20},

@@ -127,13 +127,19 @@ type sandboxConfig struct {
 	network string
 	sysctls map[string]string
 	shm     guestspec.Shm
-	onOOM   func(containerID string)
+	// annotations are the pod's.
+	annotations map[string]string
+	onOOM       func(containerID string)
 }
 
 // start boots the machine and waits for its agent. On an error the caller has
 // to stop the sandbox.
 func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	conf, err := s.host.config()
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	rates, err := conf.RateLimitsFor(c.annotations)
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
@@ -149,7 +155,7 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, conf.BootTimeout,
 		fmt.Errorf("the guest did not start within %v (configuration key boot_timeout)", conf.BootTimeout))
 	defer cancel()
-	if err := s.boot(ctx, conf, c); err != nil {
+	if err := s.boot(ctx, conf, c, rates); err != nil {
 		return err
 	}
 	s.shm = c.shm.Path
@@ -183,7 +189,7 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 }
 
 // boot launches the VMM and takes the agent's connection.
-func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig) error {
+func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig, rates control.RateLimits) error {
 	size := machineSize(conf, c.limits, s.host.cpus, s.host.memory)
 	devices, err := s.connectNetwork(c.network, size.vcpus)
 	if err != nil {
@@ -208,6 +214,7 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 		config:  conf,
 		size:    size,
 		limit:   sizeLimit(conf, s.host.cpus, s.host.memory),
+		rates:   rates,
 		shared:  shared,
 		id:      id,
 		devices: devices,

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/docker/go-units"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 )
 
 // DefaultPath is read when nothing else is named, and may be absent.
@@ -53,6 +55,8 @@ type Config struct {
 	// VMMFirstID is the first of VMMIDs numbers, of which each running VMM has one
 	// for itself as its user and group id.
 	VMMFirstID, VMMIDs uint32
+	// RateLimits are those of each sandbox.
+	RateLimits control.RateLimits
 	// KernelParams are added to the guest's command line.
 	KernelParams string
 	// Debug logs more, the guest's console included.
@@ -73,6 +77,13 @@ type file struct {
 	VMMIDs        uint32 `toml:"vmm_ids"`
 	KernelParams  string `toml:"kernel_params"`
 	Debug         bool   `toml:"debug"`
+
+	DiskBytes       string `toml:"disk_bytes_per_second"`
+	DiskOperations  string `toml:"disk_operations_per_second"`
+	ReceiveBytes    string `toml:"network_receive_bytes_per_second"`
+	ReceivePackets  string `toml:"network_receive_packets_per_second"`
+	TransmitBytes   string `toml:"network_transmit_bytes_per_second"`
+	TransmitPackets string `toml:"network_transmit_packets_per_second"`
 }
 
 // Sources say where the configuration comes from.
@@ -181,6 +192,9 @@ func (f *file) check() (*Config, error) {
 	}
 	c.DefaultMemory = uint64(memory)
 	if err := f.checkMax(c); err != nil {
+		return nil, err
+	}
+	if err := f.checkLimits(c); err != nil {
 		return nil, err
 	}
 	// The last number is -1, which is no id.

@@ -148,13 +148,14 @@ func TestBadConfiguration(t *testing.T) {
 // FuzzParse: no content makes the parser panic, and what passes is usable.
 func FuzzParse(f *testing.F) {
 	f.Add(`default_memory = "512MiB"`)
+	f.Add(`disk_bytes_per_second = "1MiB burst 2MiB"`)
 	f.Add("kernel = \"/k\"\n[a]\nb = [1, 2]")
 	f.Fuzz(func(t *testing.T, body string) {
 		c, err := Load(Sources{Body: body})
 		if err != nil {
 			return
 		}
-		if c.DefaultVCPUs < 1 || c.DefaultVCPUs > MaxVCPUs || c.DefaultMemory < MinMemory {
+		if c.DefaultVCPUs < 1 || c.DefaultVCPUs > MaxVCPUs || c.DefaultMemory < MinMemory || c.RateLimits.Disk.Check() != nil {
 			t.Fatalf("%q gives %+v", body, *c)
 		}
 	})
