@@ -4,32 +4,12 @@ import (
 	"context"
 	"io"
 	"net"
-	"os"
 	"testing"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
-)
 
-func streamPair(t *testing.T) (ours, agents *net.UnixConn) {
-	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var ends [2]*net.UnixConn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "stream")
-		c, err := net.FileConn(f)
-		f.Close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		ends[i] = c.(*net.UnixConn)
-	}
-	return ends[0], ends[1]
-}
+	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
+)
 
 // shout answers what it has read, at its end.
 func shout(t *testing.T, address string) (port uint32) {
@@ -58,7 +38,7 @@ func TestForward(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"} {
 		port := shout(t, address)
 		for _, ipv6First := range []bool{false, true} {
-			ours, agents := streamPair(t)
+			ours, agents := socktest.Pair(t)
 			if err := a.forward(context.Background(), agents, port, ipv6First); err != nil {
 				t.Errorf("%s: %v", address, err)
 				continue
@@ -83,7 +63,7 @@ func TestForwardServerEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	ours, agents := streamPair(t)
+	ours, agents := socktest.Pair(t)
 	if err := a.forward(context.Background(), agents, uint32(l.Addr().(*net.TCPAddr).Port), false); err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +91,7 @@ func TestForwardRefused(t *testing.T) {
 	}
 	port := uint32(l.Addr().(*net.TCPAddr).Port)
 	l.Close()
-	_, agents := streamPair(t)
+	_, agents := socktest.Pair(t)
 	if err := a.forward(context.Background(), agents, port, false); !errdefs.IsUnavailable(err) {
 		t.Errorf("closed port: %v", err)
 	}

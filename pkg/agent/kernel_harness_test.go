@@ -24,6 +24,7 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/agent/guest"
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
+	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
 )
 
 // waitTimeout is for what takes a moment. The machine is emulated, and the host
@@ -60,30 +61,13 @@ func newSandbox(t *testing.T) *sandbox {
 	if err != nil {
 		t.Fatal(err)
 	}
-	theirs, ours := connPair(t)
+	theirs, ours := socktest.Pair(t)
 	s.control = ours
 	go func() { s.served <- s.agent.Serve(theirs) }()
 	c := ttrpc.NewClient(ours)
 	t.Cleanup(func() { c.Close() })
 	s.client = agentproto.NewAgentClient(c)
 	return s
-}
-
-func connPair(t *testing.T) (a, b net.Conn) {
-	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conns := make([]net.Conn, 2)
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "pair")
-		if conns[i], err = net.FileConn(f); err != nil {
-			t.Fatal(err)
-		}
-		f.Close()
-	}
-	return conns[0], conns[1]
 }
 
 // stream opens a stream as the shim does.

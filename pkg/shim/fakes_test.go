@@ -23,6 +23,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
+	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
 	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
 	"github.com/microvm-runtime/microvm/pkg/shim/agenttest"
 	"github.com/microvm-runtime/microvm/pkg/shim/config"
@@ -64,7 +65,7 @@ func newFakeMachine(agent *agenttest.Agent) *fakeMachine {
 }
 
 func (m *fakeMachine) pair() (*net.UnixConn, *net.UnixConn, error) {
-	ours, guest, err := agenttest.Pair()
+	ours, guest, err := socktest.New()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -16,12 +16,13 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
+	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
 	"github.com/microvm-runtime/microvm/pkg/shim/agenttest"
 )
 
 func connect(t *testing.T, agent *agenttest.Agent) *Client {
 	t.Helper()
-	ours, guest, err := agenttest.Pair()
+	ours, guest, err := socktest.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +157,7 @@ func TestConnectionLost(t *testing.T) {
 // raw is an agent that writes what it likes.
 func raw(t *testing.T, script func(net.Conn)) *Client {
 	t.Helper()
-	ours, guest, err := agenttest.Pair()
+	ours, guest, err := socktest.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -233,7 +234,7 @@ func FuzzReplies(f *testing.F) {
 	f.Add(frame(1, 3, 1, []byte("x")))
 	f.Add(append(frame(3, 2, 0, nil), 0xff))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		ours, guest, err := agenttest.Pair()
+		ours, guest, err := socktest.New()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -99,25 +98,6 @@ func New() *Agent {
 	}
 	a.arrived = sync.NewCond(&a.mu)
 	return a
-}
-
-// Pair makes a connection: a socketpair.
-func Pair() (_, _ *net.UnixConn, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	var ends [2]*net.UnixConn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "")
-		c, err := net.FileConn(f)
-		f.Close()
-		if err != nil {
-			return nil, nil, err
-		}
-		ends[i] = c.(*net.UnixConn)
-	}
-	return ends[0], ends[1], nil
 }
 
 // Serve answers on a connection until it is closed, or after a Shutdown.

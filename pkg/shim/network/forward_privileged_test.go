@@ -7,33 +7,14 @@ import (
 	"errors"
 	"io"
 	"net"
-	"os"
 	"strconv"
 	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
-)
 
-// pair is a stream: the shim's end and the guest's.
-func pair(t *testing.T) (shim, guest *net.UnixConn) {
-	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var ends [2]*net.UnixConn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "stream")
-		c, err := net.FileConn(f)
-		f.Close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		ends[i] = c.(*net.UnixConn)
-	}
-	return ends[0], ends[1]
-}
+	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
+)
 
 // dialIn connects in a namespace, as containerd does.
 func dialIn(t *testing.T, ns *namespace, network, host string, port int) (conn *net.TCPConn, err error) {
@@ -56,7 +37,7 @@ func TestForward(t *testing.T) {
 		if port == 81 {
 			return nil, errors.New("nothing listens")
 		}
-		shim, guest := pair(t)
+		shim, guest := socktest.Pair(t)
 		go func() { // says which port it is, and how much it got
 			defer guest.Close()
 			said, _ := io.Copy(io.Discard, guest)
@@ -158,7 +139,7 @@ func TestForwardLeavesOthersAlone(t *testing.T) {
 	before := serve()
 	n := open(t, pod, &recorder{})
 	err := n.Forward(func(context.Context, uint16, bool) (*net.UnixConn, error) {
-		shim, guest := pair(t)
+		shim, guest := socktest.Pair(t)
 		io.WriteString(guest, "guest")
 		guest.Close()
 		return shim, nil
@@ -187,7 +168,7 @@ func TestForwardIsBounded(t *testing.T) {
 	var dialled atomic.Int64
 	err := n.Forward(func(context.Context, uint16, bool) (*net.UnixConn, error) {
 		dialled.Add(1)
-		shim, guest := pair(t)
+		shim, guest := socktest.Pair(t)
 		t.Cleanup(func() { guest.Close() })
 		return shim, nil
 	})

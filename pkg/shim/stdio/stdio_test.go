@@ -7,7 +7,6 @@ import (
 	"hash/crc32"
 	"io"
 	"math/rand"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,29 +14,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// connection is a stream as the VMM hands it out: the shim's end and the
-// guest's.
-func connection(t testing.TB) (ours, guest *net.UnixConn) {
-	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var ends [2]*net.UnixConn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "")
-		c, err := net.FileConn(f)
-		f.Close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		ends[i] = c.(*net.UnixConn)
-		t.Cleanup(func() { c.Close() })
-	}
-	return ends[0], ends[1]
-}
+	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
+)
 
 func fifo(t *testing.T, name string) string {
 	t.Helper()
@@ -100,8 +79,8 @@ func TestOutputIsComplete(t *testing.T) {
 		return done
 	}
 	out, errs := read(stdout), read(stderr)
-	ours1, guest1 := connection(t)
-	ours2, guest2 := connection(t)
+	ours1, guest1 := socktest.Pair(t)
+	ours2, guest2 := socktest.Pair(t)
 	s.Copy(nil, ours1, ours2)
 
 	big, small := content(8<<20), []byte("a warning")
@@ -128,7 +107,7 @@ func TestOutputIsComplete(t *testing.T) {
 func TestOutputWithoutReader(t *testing.T) {
 	path := fifo(t, "stdout")
 	s := open(t, Config{Stdout: path})
-	ours, guest := connection(t)
+	ours, guest := socktest.Pair(t)
 	s.Copy(nil, ours, nil)
 	first := reader(t, path)
 	guest.Write([]byte("one"))
@@ -161,7 +140,7 @@ func TestOutputWithoutReader(t *testing.T) {
 func TestInput(t *testing.T) {
 	path := fifo(t, "stdin")
 	s := open(t, Config{Stdin: path})
-	ours, guest := connection(t)
+	ours, guest := socktest.Pair(t)
 	s.Copy(ours, nil, nil)
 	startStdin(t, s)
 
@@ -199,7 +178,7 @@ func TestInput(t *testing.T) {
 func TestCloseWhileInputIsStuck(t *testing.T) {
 	path := fifo(t, "stdin")
 	s := open(t, Config{Stdin: path})
-	ours, _ := connection(t)
+	ours, _ := socktest.Pair(t)
 	s.Copy(ours, nil, nil)
 	startStdin(t, s)
 	w, err := os.OpenFile(path, os.O_WRONLY, 0)
@@ -221,7 +200,7 @@ func TestCloseWhileInputIsStuck(t *testing.T) {
 func TestInputStartsWithTheProcess(t *testing.T) {
 	path := fifo(t, "stdin")
 	s := open(t, Config{Stdin: path})
-	ours, guest := connection(t)
+	ours, guest := socktest.Pair(t)
 	s.Copy(ours, nil, nil)
 	if w, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0); !errors.Is(err, unix.ENXIO) {
 		w.Close()
@@ -253,8 +232,8 @@ func TestFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "logs", "container log")
 	for range 2 { // appended to
 		s := open(t, Config{Stdout: "file://" + strings.ReplaceAll(path, " ", "%20"), Stderr: path2uri(path)})
-		ours1, guest1 := connection(t)
-		ours2, guest2 := connection(t)
+		ours1, guest1 := socktest.Pair(t)
+		ours2, guest2 := socktest.Pair(t)
 		s.Copy(nil, ours1, ours2)
 		guest1.Write([]byte("line\n"))
 		guest1.Close()
@@ -294,8 +273,8 @@ echo end >> "$2"
 	for _, scheme := range []string{"binary", "binary-v2"} {
 		uri := scheme + "://" + program + "?a=" + result + "&b"
 		s := open(t, Config{ID: "c1", Namespace: "ns", Stdout: uri, Stderr: uri})
-		ours1, guest1 := connection(t)
-		ours2, guest2 := connection(t)
+		ours1, guest1 := socktest.Pair(t)
+		ours2, guest2 := socktest.Pair(t)
 		s.Copy(nil, ours1, ours2)
 		guest1.Write([]byte("out\n"))
 		guest2.Write([]byte("err\n"))
@@ -375,7 +354,7 @@ func BenchmarkOutput(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer f.Close()
-	ours, guest := connection(b)
+	ours, guest := socktest.Pair(b)
 	s.Copy(nil, ours, nil)
 	chunk := bytes.Repeat([]byte("x"), 64<<10)
 	b.SetBytes(int64(len(chunk)))
