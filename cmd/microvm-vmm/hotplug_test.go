@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/binary"
 	"io"
 	"log/slog"
 	"os"
@@ -14,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/boot/boottest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 )
 
@@ -30,24 +30,7 @@ func tempFile(t *testing.T, name string, content []byte) *os.File {
 }
 
 // spinning is a vmlinux that jumps to itself.
-func spinning() []byte {
-	const header, at = 120, 1 << 20
-	b := make([]byte, header, header+2)
-	le := binary.LittleEndian
-	copy(b, []byte{0x7f, 'E', 'L', 'F', 2, 1, 1})
-	le.PutUint16(b[16:], 2)  // executable
-	le.PutUint16(b[18:], 62) // x86-64
-	le.PutUint64(b[24:], at)
-	le.PutUint64(b[32:], 64) // program headers
-	le.PutUint16(b[54:], 56)
-	le.PutUint16(b[56:], 1)
-	le.PutUint32(b[64:], 1) // load
-	le.PutUint64(b[72:], header)
-	le.PutUint64(b[88:], at)
-	le.PutUint64(b[96:], 2)
-	le.PutUint64(b[104:], 2)
-	return append(b, 0xeb, 0xfe)
-}
+func spinning() []byte { return boottest.Kernel(1<<20, []byte{0xeb, 0xfe}) }
 
 // openTaps makes a tap in a namespace of its own and opens its queues.
 func openTaps(t *testing.T, queues int) []*os.File {

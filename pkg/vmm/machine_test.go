@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/boot/boottest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 )
@@ -64,22 +65,7 @@ var (
 // tinyKernel makes a vmlinux of the instructions.
 func tinyKernel(t *testing.T, code ...[]byte) *os.File {
 	t.Helper()
-	body := bytes.Join(code, nil)
-	le := binary.LittleEndian
-	b := make([]byte, 120)
-	copy(b, []byte{0x7f, 'E', 'L', 'F', 2, 1, 1})
-	le.PutUint16(b[16:], 2)  // executable
-	le.PutUint16(b[18:], 62) // x86-64
-	le.PutUint64(b[24:], tinyAddr)
-	le.PutUint64(b[32:], 64) // program headers
-	le.PutUint16(b[54:], 56)
-	le.PutUint16(b[56:], 1)
-	le.PutUint32(b[64:], 1)   // load
-	le.PutUint64(b[72:], 120) // offset
-	le.PutUint64(b[88:], tinyAddr)
-	le.PutUint64(b[96:], uint64(len(body)))
-	le.PutUint64(b[104:], uint64(len(body)))
-	return tempFile(t, append(b, body...))
+	return tempFile(t, boottest.Kernel(tinyAddr, bytes.Join(code, nil)))
 }
 
 func tempFile(t *testing.T, contents []byte) *os.File {

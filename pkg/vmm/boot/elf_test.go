@@ -2,11 +2,11 @@ package boot
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"io"
 	"testing"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/boot/boottest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
 )
 
@@ -14,33 +14,6 @@ const (
 	testLowest  = 0x1000
 	testMemSize = 0x10000
 )
-
-type segment struct {
-	addr, offset, fileSize, memSize uint64
-}
-
-// kernelFile makes an ELF file whose segments are all "load".
-func kernelFile(entry uint64, body []byte, segments ...segment) []byte {
-	le := binary.LittleEndian
-	b := make([]byte, elfHeaderSize)
-	copy(b, []byte{0x7f, 'E', 'L', 'F', 2, 1, 1})
-	le.PutUint16(b[16:], elfTypeExec)
-	le.PutUint16(b[18:], elfMachineX86_64)
-	le.PutUint64(b[24:], entry)
-	le.PutUint64(b[32:], elfHeaderSize)
-	le.PutUint16(b[54:], elfProgramHeaderSize)
-	le.PutUint16(b[56:], uint16(len(segments)))
-	for _, s := range segments {
-		p := make([]byte, elfProgramHeaderSize)
-		le.PutUint32(p, elfLoad)
-		le.PutUint64(p[8:], s.offset)
-		le.PutUint64(p[24:], s.addr)
-		le.PutUint64(p[32:], s.fileSize)
-		le.PutUint64(p[40:], s.memSize)
-		b = append(b, p...)
-	}
-	return append(b, body...)
-}
 
 func newMemory(t testing.TB) (*memory.Memory, []byte) {
 	t.Helper()
@@ -55,9 +28,9 @@ func newMemory(t testing.TB) (*memory.Memory, []byte) {
 func TestLoadKernel(t *testing.T) {
 	mem, b := newMemory(t)
 	body := elfHeaderSize + 2*elfProgramHeaderSize
-	file := kernelFile(0x2004, []byte("textdata"),
-		segment{addr: 0x2000, offset: uint64(body), fileSize: 4, memSize: 0x100},
-		segment{addr: 0x4000, offset: uint64(body + 4), fileSize: 4, memSize: 0x2000})
+	file := boottest.File(0x2004, []byte("textdata"),
+		boottest.Segment{Addr: 0x2000, Offset: uint64(body), FileSize: 4, MemSize: 0x100},
+		boottest.Segment{Addr: 0x4000, Offset: uint64(body + 4), FileSize: 4, MemSize: 0x2000})
 	kernel, err := LoadKernel(bytes.NewReader(file), mem, testLowest)
 	if err != nil {
 		t.Fatal(err)
@@ -71,9 +44,9 @@ func TestLoadKernel(t *testing.T) {
 }
 
 func TestLoadKernelRefuses(t *testing.T) {
-	good := segment{addr: 0x2000, offset: 0, fileSize: 4, memSize: 4}
+	good := boottest.Segment{Addr: 0x2000, Offset: 0, FileSize: 4, MemSize: 4}
 	patch := func(offset int, value ...byte) []byte {
-		b := kernelFile(0x2000, nil, good)
+		b := boottest.File(0x2000, nil, good)
 		copy(b[offset:], value)
 		return b
 	}
@@ -82,25 +55,25 @@ func TestLoadKernelRefuses(t *testing.T) {
 		want error
 	}{
 		"empty":                    {nil, io.ErrUnexpectedEOF},
-		"header cut short":         {kernelFile(0, nil, good)[:40], io.ErrUnexpectedEOF},
+		"header cut short":         {boottest.File(0, nil, good)[:40], io.ErrUnexpectedEOF},
 		"a bzImage":                {bytes.Repeat([]byte("MZ"), 100), ErrNotKernel},
 		"32-bit":                   {patch(4, 1), ErrNotKernel},
 		"big-endian":               {patch(5, 2), ErrNotKernel},
 		"shared object":            {patch(16, 3), ErrNotKernel},
 		"another machine":          {patch(18, 183), ErrNotKernel},
 		"odd program header size":  {patch(54, 57), ErrNotKernel},
-		"no segments":              {kernelFile(0x2000, nil), ErrNotKernel},
+		"no segments":              {boottest.File(0x2000, nil), ErrNotKernel},
 		"65535 program headers":    {patch(56, 0xff, 0xff), ErrNotKernel},
 		"table past the end":       {patch(32, 0, 0, 1), io.ErrUnexpectedEOF},
 		"table offset is negative": {patch(32, 0, 0, 0, 0, 0, 0, 0, 0x80), io.ErrUnexpectedEOF},
-		"entry outside":            {kernelFile(0x3000, nil, good), ErrNotKernel},
-		"more file than memory":    {kernelFile(0x2000, nil, segment{addr: 0x2000, fileSize: 8, memSize: 4}), ErrNotKernel},
-		"over the boot data":       {kernelFile(0, nil, segment{addr: 0, fileSize: 4, memSize: 0x2000}), ErrNotKernel},
-		"past guest memory":        {kernelFile(0x2000, nil, segment{addr: 0x2000, memSize: testMemSize}), memory.ErrOutOfRange},
-		"address wraps":            {kernelFile(0x2000, nil, segment{addr: 1<<64 - 4, memSize: 8}), memory.ErrOutOfRange},
-		"size wraps":               {kernelFile(0x2000, nil, segment{addr: 0x2000, memSize: 1<<64 - 1}), memory.ErrOutOfRange},
-		"segment past the file":    {kernelFile(0x2000, nil, segment{addr: 0x2000, offset: 1 << 20, fileSize: 4, memSize: 4}), io.ErrUnexpectedEOF},
-		"segment offset negative":  {kernelFile(0x2000, nil, segment{addr: 0x2000, offset: 1 << 63, fileSize: 4, memSize: 4}), io.ErrUnexpectedEOF},
+		"entry outside":            {boottest.File(0x3000, nil, good), ErrNotKernel},
+		"more file than memory":    {boottest.File(0x2000, nil, boottest.Segment{Addr: 0x2000, FileSize: 8, MemSize: 4}), ErrNotKernel},
+		"over the boot data":       {boottest.File(0, nil, boottest.Segment{Addr: 0, FileSize: 4, MemSize: 0x2000}), ErrNotKernel},
+		"past guest memory":        {boottest.File(0x2000, nil, boottest.Segment{Addr: 0x2000, MemSize: testMemSize}), memory.ErrOutOfRange},
+		"address wraps":            {boottest.File(0x2000, nil, boottest.Segment{Addr: 1<<64 - 4, MemSize: 8}), memory.ErrOutOfRange},
+		"size wraps":               {boottest.File(0x2000, nil, boottest.Segment{Addr: 0x2000, MemSize: 1<<64 - 1}), memory.ErrOutOfRange},
+		"segment past the file":    {boottest.File(0x2000, nil, boottest.Segment{Addr: 0x2000, Offset: 1 << 20, FileSize: 4, MemSize: 4}), io.ErrUnexpectedEOF},
+		"segment offset negative":  {boottest.File(0x2000, nil, boottest.Segment{Addr: 0x2000, Offset: 1 << 63, FileSize: 4, MemSize: 4}), io.ErrUnexpectedEOF},
 	} {
 		t.Run(name, func(t *testing.T) {
 			mem, b := newMemory(t)
@@ -116,8 +89,8 @@ func TestLoadKernelRefuses(t *testing.T) {
 }
 
 func FuzzLoadKernel(f *testing.F) {
-	f.Add(kernelFile(0x2000, []byte("text"), segment{addr: 0x2000, offset: 120, fileSize: 4, memSize: 8}))
-	f.Add(kernelFile(0x2000, nil, segment{addr: 1<<64 - 4, memSize: 8}, segment{addr: 0x2000, memSize: 1<<64 - 1}))
+	f.Add(boottest.File(0x2000, []byte("text"), boottest.Segment{Addr: 0x2000, Offset: 120, FileSize: 4, MemSize: 8}))
+	f.Add(boottest.File(0x2000, nil, boottest.Segment{Addr: 1<<64 - 4, MemSize: 8}, boottest.Segment{Addr: 0x2000, MemSize: 1<<64 - 1}))
 	f.Add([]byte("\x7fELF\x02\x01\x01"))
 	f.Fuzz(func(t *testing.T, file []byte) {
 		mem, b := newMemory(t)

@@ -3,13 +3,12 @@
 package vm
 
 import (
-	"debug/elf"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/boot/boottest"
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 )
 
@@ -83,23 +82,5 @@ func TestSmallMemoryLimit(t *testing.T) {
 
 // hangingKernel is a kernel of three instructions, at the address where kernels are loaded: cli; hlt; jump back to hlt.
 func hangingKernel() []byte {
-	const start = 0x1000000
-	code := []byte{0xfa, 0xf4, 0xeb, 0xfd}
-	header := elf.Header64{
-		Ident: [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
-		Type:  uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT),
-		Entry: start, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1,
-	}
-	segment := elf.Prog64{
-		Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_X), Off: 4096,
-		Vaddr: start, Paddr: start, Filesz: uint64(len(code)), Memsz: uint64(len(code)), Align: 4096,
-	}
-	b := make([]byte, 4096)
-	if n, err := binary.Encode(b, binary.LittleEndian, header); err != nil || n != 64 {
-		panic(fmt.Sprint("ELF header: ", n, err))
-	}
-	if n, err := binary.Encode(b[64:], binary.LittleEndian, segment); err != nil || n != 56 {
-		panic(fmt.Sprint("ELF program header: ", n, err))
-	}
-	return append(b, code...)
+	return boottest.Kernel(0x1000000, []byte{0xfa, 0xf4, 0xeb, 0xfd})
 }
