@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 )
 
 // A descriptor, section 2.7.5: le64 addr, le32 len, le16 flags, le16 next.
@@ -56,39 +57,11 @@ func (c *Chain) WritableLen() uint64 { return c.writableLen }
 
 // CopyIn fills p from the readable bytes starting at off, and returns how many
 // there were.
-func (c *Chain) CopyIn(p []byte, off uint64) int {
-	n := 0
-	for _, b := range c.Readable {
-		if off >= uint64(len(b)) {
-			off -= uint64(len(b))
-			continue
-		}
-		n += copy(p[n:], b[off:])
-		off = 0
-		if n == len(p) {
-			break
-		}
-	}
-	return n
-}
+func (c *Chain) CopyIn(p []byte, off uint64) int { return buffers.CopyFrom(c.Readable, p, off) }
 
 // CopyOut writes p to the writable bytes starting at off, and returns how many
 // found room.
-func (c *Chain) CopyOut(p []byte, off uint64) int {
-	n := 0
-	for _, b := range c.Writable {
-		if off >= uint64(len(b)) {
-			off -= uint64(len(b))
-			continue
-		}
-		n += copy(b[off:], p[n:])
-		off = 0
-		if n == len(p) {
-			break
-		}
-	}
-	return n
-}
+func (c *Chain) CopyOut(p []byte, off uint64) int { return buffers.CopyTo(c.Writable, p, off) }
 
 // parse walks the descriptors from c.head. It loads each once and checks the
 // copy. The number of buffers is at most the size of the queue (section

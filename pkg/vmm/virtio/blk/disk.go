@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 )
 
 // disk is the host's side. Its methods run concurrently.
@@ -135,28 +136,28 @@ func (d *disk) pay(operations, bytes uint64) error {
 }
 
 // read fills the buffers, which it uses up.
-func (d *disk) read(buffers [][]byte, offset int64) error {
-	return d.transfer("read", buffers, offset, func(b [][]byte, offset int64) (int, error) {
+func (d *disk) read(data [][]byte, offset int64) error {
+	return d.transfer("read", data, offset, func(b [][]byte, offset int64) (int, error) {
 		return unix.Preadv(d.fd, b, offset)
 	})
 }
 
 // write writes the buffers, which it uses up; to stable storage if through.
-func (d *disk) write(buffers [][]byte, offset int64, through bool) error {
+func (d *disk) write(data [][]byte, offset int64, through bool) error {
 	flags := 0
 	if through {
 		flags = unix.RWF_DSYNC
 	}
-	return d.transfer("write", buffers, offset, func(b [][]byte, offset int64) (int, error) {
+	return d.transfer("write", data, offset, func(b [][]byte, offset int64) (int, error) {
 		return unix.Pwritev2(d.fd, b, offset, flags)
 	})
 }
 
 // transfer repeats a preadv or pwritev until everything is done: one call
 // moves at most 2 GiB, and less when an error comes after some success.
-func (d *disk) transfer(what string, buffers [][]byte, offset int64, call func([][]byte, int64) (int, error)) error {
-	for buffers = skip(buffers, 0); len(buffers) > 0; {
-		n, err := call(buffers, offset)
+func (d *disk) transfer(what string, data [][]byte, offset int64, call func([][]byte, int64) (int, error)) error {
+	for data = buffers.Skip(data, 0); len(data) > 0; {
+		n, err := call(data, offset)
 		if err == unix.EINTR {
 			continue
 		}
@@ -166,7 +167,7 @@ func (d *disk) transfer(what string, buffers [][]byte, offset int64, call func([
 		if err != nil {
 			return d.errors.report(what, err)
 		}
-		buffers = skip(buffers, uint64(n))
+		data = buffers.Skip(data, uint64(n))
 		offset += int64(n)
 	}
 	return nil

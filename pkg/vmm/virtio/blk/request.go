@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 )
 
 // Requests, section 5.2.6: struct virtio_blk_req begins with le32 type, le32
@@ -129,7 +130,7 @@ func (s *session) change(kind uint32, c *virtio.Chain, sector, dataOut uint64) e
 		if err != nil {
 			return err
 		}
-		return s.disk.write(skip(c.Readable, headerSize), offset, s.writeThrough())
+		return s.disk.write(buffers.Skip(c.Readable, headerSize), offset, s.writeThrough())
 	case typeDiscard:
 		return s.segments(c, dataOut, featureDiscard, maxDiscardSegments, maxDiscardSectors, 0, func(offset, length int64, _ uint32) error {
 			return s.disk.discard(offset, length)
@@ -203,16 +204,4 @@ func (s *session) segments(c *virtio.Chain, length uint64, feature uint64, maxSe
 		return s.disk.sync()
 	}
 	return nil
-}
-
-// skip drops the first n bytes, in place.
-func skip(buffers [][]byte, n uint64) [][]byte {
-	for len(buffers) > 0 && n >= uint64(len(buffers[0])) {
-		n -= uint64(len(buffers[0]))
-		buffers = buffers[1:]
-	}
-	if n > 0 && len(buffers) > 0 {
-		buffers[0] = buffers[0][n:]
-	}
-	return buffers
 }

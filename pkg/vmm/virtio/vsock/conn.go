@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 )
 
 // bufAlloc is the receive buffer we announce for a connection: how much the
@@ -149,7 +151,7 @@ func (c *conn) receiveData(n int, payload [][]byte) {
 			c.fwdCnt += uint32(written)
 		}
 		if written < n {
-			c.backlog.write(gather(nil, payload, written, n-written))
+			c.backlog.write(buffers.Slice(nil, payload, uint64(written), uint64(n-written)))
 		}
 	}
 	if c.creditDue() || c.hostShut != c.toldShut || (c.backlog.size > 0) != c.wantWrite {

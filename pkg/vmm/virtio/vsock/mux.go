@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 	"golang.org/x/sys/unix"
 )
 
@@ -160,7 +161,7 @@ func (m *mux) receive(h *header, packet [][]byte, room uint64) {
 		c.abort("payload of wrong length")
 		c.mu.Unlock()
 	default:
-		m.payload = gather(m.payload[:0], packet, headerSize, int(h.length))
+		m.payload = buffers.Slice(m.payload[:0], packet, headerSize, uint64(h.length))
 		if !c.receive(h, m.payload) {
 			m.refuse(h)
 		}

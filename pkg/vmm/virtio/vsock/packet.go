@@ -77,24 +77,3 @@ func (h *header) format(b *[headerSize]byte) {
 	le.PutUint32(b[36:], h.bufAlloc)
 	le.PutUint32(b[40:], h.fwdCnt)
 }
-
-// gather appends to dst the parts of bufs that hold the n bytes at offset off.
-func gather(dst, bufs [][]byte, off, n int) [][]byte {
-	for _, b := range bufs {
-		if n <= 0 {
-			break
-		}
-		if off >= len(b) {
-			off -= len(b)
-			continue
-		}
-		b = b[off:]
-		off = 0
-		if len(b) > n {
-			b = b[:n]
-		}
-		n -= len(b)
-		dst = append(dst, b)
-	}
-	return dst
-}

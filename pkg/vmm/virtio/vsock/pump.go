@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 	"golang.org/x/sys/unix"
 )
 
@@ -282,7 +283,7 @@ func (p *pump) sendData(c *conn) verdict {
 			break
 		}
 		n := min(b.room, left)
-		p.iov = gather(p.iov, b.chain.Writable, headerSize, n)
+		p.iov = buffers.Slice(p.iov, b.chain.Writable, headerSize, uint64(n))
 		left -= n
 	}
 	n, err := unix.Readv(c.fd, p.iov)

@@ -3,6 +3,7 @@ package passthrough
 import (
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 )
 
@@ -108,7 +109,7 @@ func (s *Server) complete(r *request, errno unix.Errno) {
 // serve checks the shape of a request and calls its handler.
 func (s *Server) serve(r *request) unix.Errno {
 	var header [fuse.InHeaderSize]byte
-	if gather(header[:], r.readable, 0) < len(header) {
+	if buffers.CopyFrom(r.readable, header[:], 0) < len(header) {
 		s.complain(complainShape, "the guest sent a request without a header")
 		r.silent = true
 		return 0
@@ -118,7 +119,7 @@ func (s *Server) serve(r *request) unix.Errno {
 	if r.Opcode < fuse.MaxOpcode {
 		op = operations[r.Opcode]
 	}
-	space := totalLen(r.writable)
+	space := buffers.Len(r.writable)
 	if op.flags&noReply != 0 {
 		r.silent = true
 	} else if space < fuse.OutHeaderSize {
@@ -138,7 +139,7 @@ func (s *Server) serve(r *request) unix.Errno {
 	}
 	// No overflow: a chain's buffers have at most 2^32 bytes.
 	args := int(r.Len) - fuse.InHeaderSize - 8*int(r.ExtLen)
-	if uint64(r.Len) > totalLen(r.readable) || args < op.args {
+	if uint64(r.Len) > buffers.Len(r.readable) || args < op.args {
 		s.complain(complainShape, "the guest sent a request that is too short", "opcode", r.Opcode)
 		return unix.EINVAL
 	}
@@ -164,7 +165,7 @@ func (s *Server) serve(r *request) unix.Errno {
 		r.args = make([]byte, args)
 	}
 	r.args = r.args[:args]
-	gather(r.args, r.readable, fuse.InHeaderSize)
+	buffers.CopyFrom(r.readable, r.args, fuse.InHeaderSize)
 	if op.flags&(mutates|persists) != 0 && !s.gate.Take(1, uint64(r.data)) {
 		return unix.EINTR
 	}

@@ -5,6 +5,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 )
 
@@ -24,13 +25,13 @@ func (s *Server) read(r *request) unix.Errno {
 		return unix.EINTR
 	}
 	defer func() { s.gate.GiveBack(uint64(size - r.direct)) }()
-	r.window = slice(r.window[:0], r.writable, fuse.OutHeaderSize, size)
+	r.window = buffers.Slice(r.window[:0], r.writable, fuse.OutHeaderSize, uint64(size))
 	// A short reply means the end of the file to the kernel, who then takes the
 	// file for shorter: only a read of nothing is the end.
-	for buffers := r.window; r.direct < size; {
+	for window := r.window; r.direct < size; {
 		var n int
 		errno := retry(func() (err error) {
-			n, err = unix.Preadv2(h.fd, buffers, int64(in.Offset)+int64(r.direct), 0)
+			n, err = unix.Preadv2(h.fd, window, int64(in.Offset)+int64(r.direct), 0)
 			return err
 		})
 		if errno != 0 && r.direct == 0 {
@@ -40,7 +41,7 @@ func (s *Server) read(r *request) unix.Errno {
 			break
 		}
 		r.direct += n
-		buffers = advance(buffers, n)
+		window = buffers.Skip(window, uint64(n))
 	}
 	return 0
 }
@@ -71,12 +72,12 @@ func (s *Server) write(r *request) unix.Errno {
 	if in.Flags&unix.O_APPEND != 0 && in.WriteFlags&fuse.WriteCache == 0 {
 		flags = unix.RWF_APPEND
 	}
-	r.window = slice(r.window[:0], r.readable, fuse.InHeaderSize+fuse.WriteInSize, size)
+	r.window = buffers.Slice(r.window[:0], r.readable, fuse.InHeaderSize+fuse.WriteInSize, uint64(size))
 	written := 0
-	for buffers := r.window; written < size; {
+	for window := r.window; written < size; {
 		var n int
 		errno := retry(func() (err error) {
-			n, err = unix.Pwritev2(h.fd, buffers, int64(in.Offset)+int64(written), flags)
+			n, err = unix.Pwritev2(h.fd, window, int64(in.Offset)+int64(written), flags)
 			return err
 		})
 		if errno != 0 && written == 0 {
@@ -86,7 +87,7 @@ func (s *Server) write(r *request) unix.Errno {
 			break
 		}
 		written += n
-		buffers = advance(buffers, n)
+		window = buffers.Skip(window, uint64(n))
 	}
 	r.reply = fuse.AppendUint32Out(r.reply, uint32(written))
 	return 0

@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/buffers"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 )
 
@@ -66,73 +67,6 @@ func (r *request) scratch(n int) []byte {
 	return r.reply[len(r.reply) : len(r.reply)+n]
 }
 
-func totalLen(buffers [][]byte) uint64 {
-	n := uint64(0)
-	for _, b := range buffers {
-		n += uint64(len(b))
-	}
-	return n
-}
-
-// gather fills p from the bytes of buffers that start at off, and returns how
-// many there were.
-func gather(p []byte, buffers [][]byte, off int) int {
-	n := 0
-	for _, b := range buffers {
-		if off >= len(b) {
-			off -= len(b)
-			continue
-		}
-		n += copy(p[n:], b[off:])
-		off = 0
-		if n == len(p) {
-			break
-		}
-	}
-	return n
-}
-
-// scatter writes p to the start of buffers, which have room for it.
-func scatter(buffers [][]byte, p []byte) {
-	for _, b := range buffers {
-		p = p[copy(b, p):]
-		if len(p) == 0 {
-			return
-		}
-	}
-}
-
-// slice appends to dst the parts of buffers that are [off, off+n).
-func slice(dst, buffers [][]byte, off, n int) [][]byte {
-	for _, b := range buffers {
-		if n == 0 {
-			break
-		}
-		if off >= len(b) {
-			off -= len(b)
-			continue
-		}
-		b = b[off:]
-		off = 0
-		b = b[:min(len(b), n)]
-		n -= len(b)
-		dst = append(dst, b)
-	}
-	return dst
-}
-
-// advance drops the first n bytes of buffers, in place.
-func advance(buffers [][]byte, n int) [][]byte {
-	for len(buffers) > 0 && n >= len(buffers[0]) {
-		n -= len(buffers[0])
-		buffers = buffers[1:]
-	}
-	if n > 0 {
-		buffers[0] = buffers[0][n:]
-	}
-	return buffers
-}
-
 // finish puts the reply into the guest's buffers, which have room for its
 // header at least, and returns its length.
 func (r *request) finish(errno unix.Errno) uint32 {
@@ -151,6 +85,6 @@ func (r *request) finish(errno unix.Errno) uint32 {
 	if errno == 0 && r.direct == 0 {
 		reply = reply[:length]
 	}
-	scatter(r.writable, reply)
+	buffers.CopyTo(r.writable, reply, 0)
 	return uint32(length)
 }
