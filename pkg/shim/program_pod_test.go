@@ -60,7 +60,7 @@ func TestSandboxer(t *testing.T) {
 	if r.Pid == 0 {
 		t.Errorf("started: %v", r)
 	}
-	if _, err := sandbox.UpdateSandbox(ctx, &sandboxapi.UpdateSandboxRequest{SandboxID: "pod1"}); !errdefs.IsNotImplemented(errgrpc.ToNative(err)) {
+	if _, err := sandbox.UpdateSandbox(ctx, &sandboxapi.UpdateSandboxRequest{SandboxID: "pod1"}); !errdefs.IsInvalidArgument(errgrpc.ToNative(err)) {
 		t.Errorf("update: %v", err)
 	}
 	if _, err := sandbox.StartSandbox(ctx, &sandboxapi.StartSandboxRequest{SandboxID: "pod1"}); !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {

@@ -36,8 +36,7 @@ func register(server *ttrpc.Server, s taskapi.TTRPCTaskService) {
 	}
 }
 
-// registerSandbox serves the sandbox API, but for UpdateSandbox, which is
-// optional.
+// registerSandbox serves the sandbox API.
 func registerSandbox(server *ttrpc.Server, s *service) {
 	server.RegisterService("containerd.runtime.sandbox.v1.Sandbox", &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
 		"CreateSandbox":   method(s.CreateSandbox),
@@ -49,6 +48,7 @@ func registerSandbox(server *ttrpc.Server, s *service) {
 		"PingSandbox":     method(s.PingSandbox),
 		"ShutdownSandbox": method(s.ShutdownSandbox),
 		"SandboxMetrics":  method(s.SandboxMetrics),
+		"UpdateSandbox":   method(s.UpdateSandbox),
 	}})
 }
 

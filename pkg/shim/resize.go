@@ -32,8 +32,10 @@ type resizer struct {
 	turn chan struct{} // held by the change in progress; protects the rest
 	now  size          // what was last asked for
 	// pod is what the pod may use as a whole, containers that are still to come
-	// included; it changes as its containers do.
+	// included; it changes as its containers do, until the first setPod: then it
+	// is told of those changes too.
 	pod        usage
+	told       bool
 	containers map[string]limits
 }
 
@@ -105,7 +107,7 @@ func (r *resizer) change(ctx context.Context, id string, resources *specs.LinuxR
 	l := old
 	l.update(resources)
 	r.containers[id] = l
-	if r.pod != (usage{}) {
+	if r.pod != (usage{}) && !r.told {
 		r.pod = r.pod.sub(old.usage()).add(l.usage())
 	}
 	want := r.wanted()
@@ -115,6 +117,25 @@ func (r *resizer) change(ctx context.Context, id string, resources *specs.LinuxR
 	}
 	if err != nil {
 		r.containers[id], r.pod = old, pod
+		want = before
+	}
+	r.shrink(want)
+	return err
+}
+
+// setPod changes what the pod may use as a whole; nothing is no limit. If the
+// machine cannot grow as far as is needed, everything stays as it was.
+func (r *resizer) setPod(ctx context.Context, pod usage) error {
+	if err := r.take(ctx); err != nil {
+		return err
+	}
+	defer func() { <-r.turn }()
+	before, oldPod, oldTold := r.now, r.pod, r.told
+	r.pod, r.told = pod, true
+	want := r.wanted()
+	err := r.grow(ctx, want)
+	if err != nil {
+		r.pod, r.told = oldPod, oldTold
 		want = before
 	}
 	r.shrink(want)
