@@ -21,15 +21,6 @@ func newLimiter(t *testing.T, l ratelimit.Limits) (*ratelimit.Limiter, *ratelimi
 	return limiter, clock
 }
 
-// took fails the test unless the time is what was wanted; the last wait is not
-// shorter than the limiter's shortest.
-func took(t *testing.T, got, want time.Duration) {
-	t.Helper()
-	if got < want || got > want+2*time.Millisecond {
-		t.Errorf("it took %v, want %v", got, want)
-	}
-}
-
 func newLimitedDriver(t *testing.T, limit *ratelimit.Limiter) *virtiotest.Driver {
 	t.Helper()
 	device := newDevice(t, Config{File: memoryFile(t, pattern(testSectors*sectorSize)), Limit: limit})
@@ -67,7 +58,7 @@ func TestLimit(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			limit, clock := newLimiter(t, tc.limits)
 			d := newLimitedDriver(t, limit)
-			took(t, clock.While(func() {
+			ratelimittest.Took(t, "it", clock.While(func() {
 				var requests []*virtiotest.Request
 				for range tc.count {
 					requests = append(requests, d.Send(0, tc.readable, tc.writable))
@@ -75,7 +66,7 @@ func TestLimit(t *testing.T) {
 				for _, r := range requests {
 					r.Wait(t)
 				}
-			}), tc.want)
+			}), tc.want, 0)
 		})
 	}
 }
@@ -84,7 +75,7 @@ func TestLimit(t *testing.T) {
 func TestLimitShared(t *testing.T) {
 	limit, clock := newLimiter(t, ratelimit.Limits{Bytes: ratelimit.Rate{PerSecond: 1 << 20, Burst: 1 << 20}})
 	disks := []*virtiotest.Driver{newLimitedDriver(t, limit), newLimitedDriver(t, limit)}
-	took(t, clock.While(func() {
+	ratelimittest.Took(t, "it", clock.While(func() {
 		var requests []*virtiotest.Request
 		for range 48 {
 			for _, d := range disks {
@@ -94,7 +85,7 @@ func TestLimitShared(t *testing.T) {
 		for _, r := range requests {
 			r.Wait(t)
 		}
-	}), 2*time.Second) // 96 * 32 KiB
+	}), 2*time.Second, 0) // 96 * 32 KiB
 }
 
 // TestLimitReset resets a disk whose requests wait for time that does not pass,
@@ -120,5 +111,5 @@ func TestLimitReset(t *testing.T) {
 		r.Join() // served or not, but ended
 	}
 	d.Activate()
-	took(t, clock.While(func() { read().Wait(t) }), 100*time.Millisecond)
+	ratelimittest.Took(t, "it", clock.While(func() { read().Wait(t) }), 100*time.Millisecond, 0)
 }

@@ -21,15 +21,6 @@ func newLimiter(t *testing.T, l ratelimit.Limits, clock ratelimit.Clock) *rateli
 	return limiter
 }
 
-// took fails the test unless the time is what was wanted, or up to more than
-// that; the last wait is not shorter than the limiter's shortest.
-func took(t *testing.T, got, want, more time.Duration) {
-	t.Helper()
-	if got < want || got > want+more+2*time.Millisecond {
-		t.Errorf("it took %v, want %v, or %v more", got, want, more)
-	}
-}
-
 // next is how long a receiver may have waited already, in these tests, until it
 // could take one frame more than the test is about.
 const next = 100 * time.Millisecond
@@ -50,7 +41,7 @@ func TestTransmitLimit(t *testing.T) {
 			clock := ratelimittest.New()
 			l := newLink(t, 1)
 			g := newGuest(t, newDevice(t, l, Config{TXLimit: newLimiter(t, tc.limits, clock)}), virtiotest.Options{}, 0, 0)
-			took(t, clock.While(func() {
+			ratelimittest.Took(t, "it", clock.While(func() {
 				for range 50 {
 					g.transmit(tc.packet)
 				}
@@ -75,7 +66,7 @@ func TestReceiveLimit(t *testing.T) {
 			clock := ratelimittest.New()
 			l := newLink(t, 1)
 			g := newGuest(t, newDevice(t, l, Config{RXLimit: newLimiter(t, tc.limits, clock)}), virtiotest.Options{}, 64, 2048)
-			took(t, clock.While(func() {
+			ratelimittest.Took(t, "it", clock.While(func() {
 				for range 50 {
 					l.send(append(make([]byte, hostHeader), ethernet(1, 1000)...))
 				}
@@ -96,7 +87,7 @@ func TestReceiveLimitDropped(t *testing.T) {
 	l := newLink(t, 1)
 	l.in(func(device netlink.Link) error { return netlink.LinkSetMTU(device, 9000) })
 	g := newGuest(t, newDevice(t, l, Config{RXLimit: limit}), virtiotest.Options{Features: noGSO}, 1, 1526)
-	took(t, clock.While(func() {
+	ratelimittest.Took(t, "it", clock.While(func() {
 		for range 20 {
 			l.send(append(make([]byte, hostHeader), ethernet(1, 8000)...))
 		}
@@ -115,7 +106,7 @@ func TestLimitShared(t *testing.T) {
 		l := newLink(t, 1)
 		links, guests = append(links, l), append(guests, newGuest(t, newDevice(t, l, Config{RXLimit: limit}), virtiotest.Options{}, 64, 2048))
 	}
-	took(t, clock.While(func() {
+	ratelimittest.Took(t, "it", clock.While(func() {
 		for i, g := range guests {
 			for range 25 {
 				links[i].send(append(make([]byte, hostHeader), ethernet(1, 1000)...))
@@ -156,8 +147,8 @@ func TestLimitReset(t *testing.T) {
 	for range 64 {
 		g.post()
 	}
-	took(t, tx.While(func() { g.transmit(plain(ethernet(1, 1000))) }), time.Second, 0)
-	took(t, rx.While(func() {
+	ratelimittest.Took(t, "it", tx.While(func() { g.transmit(plain(ethernet(1, 1000))) }), time.Second, 0)
+	ratelimittest.Took(t, "it", rx.While(func() {
 		for range 9 {
 			g.receive()
 		}
