@@ -175,6 +175,12 @@ func TestMounts(t *testing.T) {
 			&Mount{Source: dir + "/dir"}},
 		{"recursively read-only", mount("bind", dir+"/dir", "rbind", "ro", "rro"), mount("bind", shared, "rbind", "ro", "rro"),
 			&Mount{Source: dir + "/dir", Recursive: true, ReadOnly: true, RecursiveReadOnly: true}},
+		{"nothing of the host's later", mount("bind", dir+"/dir", "rbind", "rprivate", "rslave"), mount("bind", shared, "rbind", "rprivate", "rslave"),
+			&Mount{Source: dir + "/dir", Recursive: true, RecursivePrivate: true}},
+		{"nothing in itself", mount("bind", dir+"/dir", "rbind", "private"), mount("bind", shared, "rbind", "private"),
+			&Mount{Source: dir + "/dir", Recursive: true, Private: true}},
+		{"what the host mounts later", mount("bind", dir+"/dir", "rbind", "rslave"), mount("bind", shared, "rbind", "rslave"),
+			&Mount{Source: dir + "/dir", Recursive: true}},
 		{"a bind by its options", mount("none", dir+"/link", "rbind"), mount("bind", shared, "rbind"),
 			&Mount{Source: dir + "/link", Recursive: true}},
 		{"relative to the bundle", mount("bind", "file", "bind"), mount("bind", shared, "bind"),
@@ -269,7 +275,7 @@ func TestFilesOfAPod(t *testing.T) {
 	}
 	r := rewrite(t, spec, first)
 	for i, name := range names {
-		want := Mount{Destination: "/etc/" + name, Source: filepath.Join(dir, name), File: true, Recursive: true}
+		want := Mount{Destination: "/etc/" + name, Source: filepath.Join(dir, name), File: true, Recursive: true, RecursivePrivate: true}
 		if !reflect.DeepEqual(r.Mounts[i], want) {
 			t.Errorf("on the host %+v, want %+v", r.Mounts[i], want)
 		}
@@ -496,6 +502,9 @@ func TestRefused(t *testing.T) {
 		{"mapped memory", func(s *specs.Spec) {
 			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "tmpfs", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
 		}, "mapped in bind mounts only", false},
+		{"mounts for the host", func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "bind", Source: "/", Options: []string{"rbind", "rshared"}}}
+		}, "Bidirectional", false},
 		{"device of the host", func(s *specs.Spec) {
 			s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/kvm", Type: "c", Major: 10, Minor: 232}}
 		}, "/dev/kvm (c 10:232)", false},

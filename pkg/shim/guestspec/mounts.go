@@ -24,6 +24,9 @@ type Mount struct {
 	Recursive bool
 	// ReadOnly applies to the mount itself, RecursiveReadOnly to all below.
 	ReadOnly, RecursiveReadOnly bool
+	// Private says that what the host mounts below later does not appear, and what
+	// it unmounts stays; RecursivePrivate the same of all mounts below.
+	Private, RecursivePrivate bool
 	// UIDs and GIDs map the ids of files; RecursiveIDs those of all below as
 	// well.
 	UIDs, GIDs   []specs.LinuxIDMapping
@@ -137,7 +140,7 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 		UIDs: m.UIDMappings, GIDs: m.GIDMappings,
 	}
 	m.UIDMappings, m.GIDMappings = nil, nil
-	for _, option := range m.Options { // the last word counts
+	for _, option := range m.Options { // mostly the last word counts
 		switch option {
 		case "bind":
 			mount.Recursive = false
@@ -147,6 +150,13 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 			mount.ReadOnly = option == "ro"
 		case "rro", "rrw":
 			mount.RecursiveReadOnly = option == "rro"
+		case "private", "unbindable": // for good: there is nothing to be a slave of any more
+			mount.Private = true
+		case "rprivate", "runbindable":
+			mount.RecursivePrivate = true
+		case "shared", "rshared":
+			// The guest's kernel mounts what it has, and the host's what that has.
+			return unsupported("mount %s: what is mounted in a virtual machine cannot appear on the host (the mount option %s, or the mount propagation Bidirectional)", m.Destination, option)
 		case "idmap", "ridmap":
 			mount.RecursiveIDs = option == "ridmap"
 		}

@@ -213,6 +213,66 @@ func TestMountsOfTheHost(t *testing.T) {
 	}
 }
 
+// What the host mounts below a volume later appears in it, unless it is private;
+// what it unmounts goes.
+func TestPropagation(t *testing.T) {
+	tree := newTree(t)
+	source := files(t, "before/hidden")
+	mountOnHost := func(path string) {
+		t.Helper()
+		err := in(hostNamespace(), func() error {
+			err := os.MkdirAll(path, 0o755)
+			if err == nil {
+				err = unix.Mount("tmpfs", path, "tmpfs", 0, "")
+			}
+			if err == nil {
+				err = unix.Mount("", path, "", unix.MS_SHARED, "")
+			}
+			if err == nil {
+				err = os.WriteFile(filepath.Join(path, "file"), []byte("mounted"), 0o644)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	mountOnHost(source)
+	t.Cleanup(func() {
+		in(hostNamespace(), func() error { return unix.Unmount(source, unix.MNT_DETACH) })
+	})
+	mountOnHost(filepath.Join(source, "before"))
+	err := tree.Add("c1", Rootfs{Path: files(t)}, []guestspec.Mount{
+		{Source: source, Recursive: true},
+		{Source: source, Recursive: true, Private: true},
+		{Source: source, Recursive: true, RecursivePrivate: true},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(when, name string, want ...bool) {
+		t.Helper()
+		for n, want := range want {
+			_, err := os.Stat(filepath.Join(tree.Mount("c1", n), name, "file"))
+			if err != nil && !errors.Is(err, fs.ErrNotExist) || want != (err == nil) {
+				t.Errorf("%s, %s in mount %d: %v", when, name, n, err)
+			}
+		}
+	}
+	check("at the start", "before", true, true, true)
+	mountOnHost(filepath.Join(source, "late"))
+	check("after a mount", "late", true, false, false)
+	mountOnHost(filepath.Join(source, "before/late"))
+	check("after a mount", "before/late", true, true, false)
+	for _, name := range []string{"before/late", "before", "late"} {
+		if err := in(hostNamespace(), func() error { return unix.Unmount(filepath.Join(source, name), 0) }); err != nil {
+			t.Errorf("unmount %s: %v", name, err)
+		}
+	}
+	check("after an unmount", "late", false, false, false)
+	check("after an unmount", "before", false, true, true)
+}
+
 // The ids of files in a mapped mount are those of the user namespace, both ways.
 func TestMappedIDs(t *testing.T) {
 	tree := newTree(t)

@@ -289,7 +289,8 @@ func (t *Tree) makePoint(c *content, p point) error {
 
 // bind makes the source, as it is now in the host's mount namespace, appear at
 // target. What is mounted below it on the host later appears as well, where
-// the host's mounts are shared.
+// the host's mounts are shared and m does not want it private: from the host's
+// mount, whose slave this one is, to this one, and on to the VMM's copy of the tree.
 func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 	var recursive uint
 	if m.Recursive {
@@ -324,6 +325,8 @@ func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 	}{
 		{ids.Userns_fd != 0, allIDs, ids},
 		{true, unix.AT_RECURSIVE, unix.MountAttr{Attr_set: restricted, Propagation: unix.MS_SLAVE}},
+		{m.Private, 0, unix.MountAttr{Propagation: unix.MS_PRIVATE}},
+		{m.RecursivePrivate, unix.AT_RECURSIVE, unix.MountAttr{Propagation: unix.MS_PRIVATE}},
 		{m.ReadOnly, 0, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
 		{m.RecursiveReadOnly, unix.AT_RECURSIVE, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}},
 	} {
