@@ -360,7 +360,7 @@ var ioChecks = []check{
 var dirChecks = []check{
 	{"dir/entries", func(t *T) {
 		var names []string
-		for i := range 3000 {
+		for i := range min(3000, t.entries) {
 			n := fmt.Sprintf("entry-%05d-with-a-longer-name", i)
 			t.must(os.WriteFile(t.path(n), nil, 0o600))
 			names = append(names, n)
@@ -425,7 +425,7 @@ var dirChecks = []check{
 		}
 	}},
 	{"dir/removing-while-reading", func(t *T) {
-		for i := range 1000 {
+		for i := range min(1000, t.entries) {
 			t.must(os.WriteFile(t.path(fmt.Sprintf("entry-%04d", i)), nil, 0o600))
 		}
 		f, err := os.Open(t.dir)
@@ -453,14 +453,13 @@ var dirChecks = []check{
 			}
 		}
 	}},
-	{"dir/100000-entries", func(t *T) {
-		const count = 100_000
+	{"dir/many-entries", func(t *T) {
 		fd := t.open(t.dir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
-		for i := range count {
+		for i := range t.entries {
 			t.must(unix.Mknodat(fd, fmt.Sprintf("%06d", i), unix.S_IFREG|0o600, 0))
 		}
 		list, err := os.ReadDir(t.dir)
-		if err != nil || len(list) != count {
+		if err != nil || len(list) != t.entries {
 			t.failf("%d entries, %v", len(list), err)
 		}
 		for _, e := range list {

@@ -2,7 +2,7 @@
 // say. It is what pjdfstest is, with what containers use besides: locks, xattrs,
 // ACLs, rename flags, O_TMPFILE, holes and mappings.
 //
-//	fsconformance [-run regexp] [-omit regexp] [-no-skip] directory
+//	fsconformance [-run regexp] [-omit regexp] [-entries n] [-no-skip] directory
 //
 // It makes a directory of its own in the one given, and removes it. Each check
 // is a line: "PASS name", "FAIL name: why", or "SKIP name: why" where the file
@@ -34,15 +34,16 @@ func init() {
 func main() {
 	run := flag.String("run", "", "run only the checks whose name matches this `regexp`")
 	omit := flag.String("omit", "^$", "do not run the checks whose name matches this `regexp`")
+	entries := flag.Int("entries", 100_000, "make a directory of `n` entries, and others of no more")
 	noSkip := flag.Bool("no-skip", false, "fail if a check is skipped")
 	flag.Parse()
 	wanted, err1 := regexp.Compile(*run)
 	unwanted, err2 := regexp.Compile(*omit)
 	if err := errors.Join(err1, err2); flag.NArg() != 1 || err != nil {
-		fmt.Fprintln(os.Stderr, "usage: fsconformance [-run regexp] [-omit regexp] [-no-skip] directory", errText(err))
+		fmt.Fprintln(os.Stderr, "usage: fsconformance [-run regexp] [-omit regexp] [-entries n] [-no-skip] directory", errText(err))
 		os.Exit(2)
 	}
-	sum, err := runAll(os.Stdout, flag.Arg(0), func(name string) bool {
+	sum, err := runAll(os.Stdout, flag.Arg(0), *entries, func(name string) bool {
 		return wanted.MatchString(name) && !unwanted.MatchString(name)
 	})
 	if err != nil {
@@ -71,8 +72,8 @@ type check struct {
 type summary struct{ passed, failed, skipped int }
 
 // runAll runs the checks that are wanted, by name, each in a directory of its
-// own.
-func runAll(out io.Writer, dir string, wanted func(name string) bool) (summary, error) {
+// own. entries is how large a directory they may make.
+func runAll(out io.Writer, dir string, entries int, wanted func(name string) bool) (summary, error) {
 	var sum summary
 	base, err := os.MkdirTemp(dir, "fsconformance")
 	if err != nil {
@@ -88,7 +89,7 @@ func runAll(out io.Writer, dir string, wanted func(name string) bool) (summary, 
 		if !wanted(c.name) {
 			continue
 		}
-		t := &T{dir: filepath.Join(base, fmt.Sprint(i))}
+		t := &T{dir: filepath.Join(base, fmt.Sprint(i)), entries: entries}
 		if err := os.Mkdir(t.dir, 0o755); err != nil {
 			return sum, err
 		}
@@ -131,6 +132,7 @@ func allChecks() []check {
 // T is a check that runs.
 type T struct {
 	dir      string // its own, empty at the start
+	entries  int    // of a directory, at most
 	failures []string
 	skipped  string
 	cleanup  []func()
@@ -245,11 +247,13 @@ func (t *T) wantAbsent(path string) {
 	}
 }
 
-// as runs f with other ids, and without capabilities unless uid is 0.
+// as runs f with other ids, and without capabilities unless uid is 0. If f ends the
+// check, it is ended.
 func (t *T) as(uid, gid int, groups []int, f func()) {
-	done := make(chan struct{})
+	done := make(chan bool, 1)
 	go func() {
-		defer close(done)
+		returned := false
+		defer func() { done <- returned }()
 		// Raw system calls change this thread only. It is never unlocked, so it
 		// ends with the goroutine.
 		runtime.LockOSThread()
@@ -258,6 +262,9 @@ func (t *T) as(uid, gid int, groups []int, f func()) {
 			return
 		}
 		f()
+		returned = true
 	}()
-	<-done
+	if !<-done {
+		runtime.Goexit()
+	}
 }

@@ -135,7 +135,7 @@ func conform(t *testing.T, program, omit, at string) {
 }
 
 // big is what once is enough for.
-const big = "100000"
+const big = "dir/many-entries"
 
 // TestConformance runs test/fsconformance on a mounted share.
 func TestConformance(t *testing.T) {
