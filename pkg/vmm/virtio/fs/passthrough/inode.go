@@ -22,6 +22,12 @@ func keyOf(st *unix.Statx_t) inodeKey {
 // file. Descriptors are few, so one that has not been used for a while is
 // closed, and made again from the node's parent and name when it is needed; the
 // node must then be the same by key, type and time of birth.
+//
+// A descriptor also keeps the host from unmounting what it is on. Mounts in the
+// share itself are made for the guest, and who makes them knows. Below these
+// there are others of the host's own, whose umount(8) is not to fail because the
+// guest has once looked at a file: there, a descriptor is open only while a
+// request needs it, or an open file in the guest does.
 type inode struct {
 	id      uint64
 	key     inodeKey
@@ -37,6 +43,7 @@ type inode struct {
 
 	parent *inode // nil for the root, and where no name is known
 	name   string // in parent
+	brief  bool   // on a mount that is below another in the share
 
 	fd         int    // O_PATH, -1 while closed
 	pins       int    // users of fd
@@ -217,7 +224,7 @@ func (t *inodeTable) put(n *inode) {
 	n.pins--
 	switch {
 	case n.pins > 0:
-	case n.removed:
+	case n.removed, n.brief && n.parent != nil:
 		t.take(n)
 	default:
 		n.prev, n.next = &t.idle, t.idle.next
@@ -286,6 +293,7 @@ func (t *inodeTable) place(n, dir *inode, name string) {
 		return
 	}
 	if dir != nil {
+		n.brief = dir.brief || n.key.mnt != dir.key.mnt && dir.key.mnt != t.root.key.mnt
 		if n.kind == unix.S_IFDIR && !t.mayContain(dir, n) {
 			dir = nil
 		} else {

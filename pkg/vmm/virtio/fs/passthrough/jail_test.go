@@ -289,6 +289,83 @@ func TestSubmounts(t *testing.T) {
 	}
 }
 
+// What the host mounts below one of the share's mounts it can unmount, unless the
+// guest has a file there open.
+func TestHostUnmounts(t *testing.T) {
+	s := newShare(t)
+	volume, late := s.path("volume"), s.path("volume/late")
+	must(t, os.Mkdir(volume, 0o755))
+	must(t, unix.Mount("tmpfs", volume, "tmpfs", 0, "size=1m"))
+	defer func() { must(t, unix.Unmount(volume, unix.MNT_DETACH)) }()
+	must(t, os.Mkdir(late, 0o755))
+	covered := s.mustLookup(t, root, "volume", "late")
+	mount := func() {
+		t.Helper()
+		must(t, unix.Mount("tmpfs", late, "tmpfs", 0, "size=1m"))
+		must(t, os.MkdirAll(late+"/dir/deep", 0o755))
+		writeFile(t, late+"/dir/file", "contents")
+	}
+	unmount := func(what string, wanted unix.Errno) {
+		t.Helper()
+		errno, _ := unix.Unmount(late, 0).(unix.Errno)
+		want(t, "unmount "+what, errno, wanted)
+	}
+
+	mount()
+	dir := s.mustLookup(t, root, "volume", "late", "dir")
+	file := s.mustLookup(t, dir.NodeID, "file")
+	deep := s.mustLookup(t, dir.NodeID, "deep")
+	if list, errno := s.List(dir.NodeID, true); errno != 0 || len(list) != 2 {
+		t.Errorf("%v, %v", list, errno)
+	}
+	fh, errno := s.Open(file.NodeID, unix.O_RDONLY)
+	must(t, errno)
+	unmount("under an open file", unix.EBUSY)
+	must(t, s.Release(file.NodeID, fh))
+	// By their names, which may change, nodes are found again.
+	must(t, s.Rename(dir.NodeID, "deep", dir.NodeID, "other"))
+	must(t, s.Rename(dir.NodeID, "file", deep.NodeID, "moved"))
+	if attr, errno := s.Getattr(file.NodeID); errno != 0 || attr.Size != 8 {
+		t.Errorf("GETATTR: %+v, %v", attr, errno)
+	}
+	unmount("what the guest knows", 0)
+	_, errno = s.Getattr(file.NodeID)
+	want(t, "GETATTR of what is gone", errno, unix.ESTALE)
+	if e := s.mustLookup(t, root, "volume", "late"); e.NodeID != covered.NodeID {
+		t.Errorf("node %d is there, not %d", e.NodeID, covered.NodeID)
+	}
+
+	// Another one in its place is another one.
+	mount()
+	_, errno = s.Getattr(file.NodeID)
+	want(t, "GETATTR of what is gone", errno, unix.ESTALE)
+	again := s.mustLookup(t, root, "volume", "late", "dir", "file")
+	if again.NodeID == file.NodeID {
+		t.Error("it has the node of one that is gone")
+	}
+	// A file without a name is there until the guest has forgotten it.
+	lateDir := s.mustLookup(t, root, "volume", "late")
+	for _, make := range []func() (fuse.EntryOut, uint64, unix.Errno){
+		func() (fuse.EntryOut, uint64, unix.Errno) {
+			return s.Tmpfile(lateDir.NodeID, unix.O_RDWR, 0o600, 0)
+		},
+		func() (fuse.EntryOut, uint64, unix.Errno) {
+			e, fh, errno := s.Create(lateDir.NodeID, "new", unix.O_RDWR, 0o600, 0)
+			must(t, s.Unlink(lateDir.NodeID, "new"))
+			return e, fh, errno
+		},
+	} {
+		e, fh, errno := make()
+		must(t, errno)
+		must(t, s.Release(e.NodeID, fh))
+		_, errno = s.Getattr(e.NodeID)
+		want(t, "GETATTR without a name", errno, 0)
+		unmount("under a file without a name", unix.EBUSY)
+		s.Forget(e.NodeID, 1)
+	}
+	unmount("after that", 0)
+}
+
 func TestProcessUmask(t *testing.T) {
 	s := newShare(t)
 	// It does not count: the caller's does.

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -42,6 +43,7 @@ func mountShare(t testing.TB, dir string, change ...func(*Config)) string {
 		readers.Go(func() { serveDevice(t.Errorf, server, fd) })
 	}
 	t.Cleanup(func() {
+		forgetAll(t, server, at)
 		if err := unix.Unmount(at, 0); err != nil {
 			t.Errorf("unmount: %v", err)
 			_ = unix.Unmount(at, unix.MNT_FORCE|unix.MNT_DETACH)
@@ -84,6 +86,22 @@ func serveDevice(failed func(format string, args ...any), server *Server, fd int
 		if written > 0 {
 			reply(written)
 		}
+	}
+}
+
+// forgetAll has the client forget what it knows, which it does not tell of when it
+// is unmounted: it gives up names that nobody uses when it is mounted again.
+func forgetAll(t testing.TB, s *Server, at string) {
+	t.Helper()
+	for range 1000 {
+		must(t, unix.Mount("", at, "", unix.MS_REMOUNT|unix.MS_NOSUID, ""))
+		s.inodes.mu.Lock()
+		left := len(s.inodes.byID)
+		s.inodes.mu.Unlock()
+		if left == 1 {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 
@@ -152,20 +170,33 @@ func TestConformance(t *testing.T) {
 		return dir + "/merged"
 	}
 	tmpfs := func(t *testing.T) string { return tempDir(t) }
+	// Where no descriptor is kept. The client's mount has to go before the server's.
+	const below = "volume/late"
+	twoMounts := func(t *testing.T) string {
+		dir := tempDir(t)
+		for _, at := range []string{filepath.Join(dir, filepath.Dir(below)), filepath.Join(dir, below)} {
+			must(t, os.Mkdir(at, 0o755))
+			must(t, unix.Mount("tmpfs", at, "tmpfs", 0, "mode=755"))
+			t.Cleanup(func() { must(t, unix.Unmount(at, 0)) })
+		}
+		return dir
+	}
 	for _, tc := range []struct {
 		name   string
 		dir    func(t *testing.T) string
+		at     string
 		omit   string
 		change func(*Config)
 	}{
-		{"defaults", tmpfs, "^$", func(*Config) {}},
-		{"overlay", overlay, big + "|rename/whiteout", func(*Config) {}},
-		{"uncached", tmpfs, big, func(c *Config) { c.AttrTimeout, c.EntryTimeout = 0, 0 }},
+		{"defaults", tmpfs, ".", "^$", func(*Config) {}},
+		{"overlay", overlay, ".", big + "|rename/whiteout", func(*Config) {}},
+		{"uncached", tmpfs, ".", big, func(c *Config) { c.AttrTimeout, c.EntryTimeout = 0, 0 }},
 		// So few that descriptors are closed and made again all the time.
-		{"few descriptors", tmpfs, big, func(c *Config) { c.Limits.Descriptors, c.Limits.Nodes = 4096, 16 }},
+		{"few descriptors", tmpfs, ".", big, func(c *Config) { c.Limits.Descriptors, c.Limits.Nodes = 4096, 16 }},
+		{"mount below a mount", twoMounts, below, big, func(*Config) {}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			conform(t, program, tc.omit, mountShare(t, tc.dir(t), tc.change))
+			conform(t, program, tc.omit, filepath.Join(mountShare(t, tc.dir(t), tc.change), tc.at))
 		})
 	}
 }
