@@ -108,7 +108,9 @@ func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContain
 		}
 	}
 
-	c.openShares(spec.Mounts)
+	if err := c.openShares(spec.Mounts); err != nil {
+		return nil, err
+	}
 	config, err := libcontainerConfig(spec, c.id)
 	if err != nil {
 		return nil, err

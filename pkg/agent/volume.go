@@ -59,9 +59,7 @@ func (c *container) volumeChanged(mount uint32) error {
 	defer dir.Close()
 	var errs []error
 	if known {
-		for _, f := range append([]*os.File{dir}, v.files...) {
-			errs = append(errs, touch(f))
-		}
+		errs = append(errs, touchAll(dir, v.files))
 	}
 	v.close()
 	v.files, err = volumeFiles(dir)
@@ -72,16 +70,75 @@ func (c *container) volumeChanged(mount uint32) error {
 // and not in the container's namespace: each time that it goes to a mount of the
 // host's for the first time in a namespace it makes another file system of it,
 // whose watches know nothing of this one's events.
-func (c *container) openShares(mounts []specs.Mount) {
-	for _, m := range mounts {
+//
+// What is read-only, but not recursively, gets so as a file system, and libcontainer
+// is not to see to it. Where the host has a mount below, the kernel makes one
+// with the flags of that which it is below (fs/namespace.c, finish_automount);
+// it would be read-only as well.
+func (c *container) openShares(mounts []specs.Mount) error {
+	for i, m := range mounts {
 		if rel, err := filepath.Rel(c.shared, m.Source); err != nil || !filepath.IsLocal(rel) {
 			continue
 		}
-		// It may be a file, or not be there, of which libcontainer will tell.
-		if dir, err := openBelow(unix.AT_FDCWD, m.Source); err == nil {
-			dir.Close()
+		dir, err := openBelow(unix.AT_FDCWD, m.Source)
+		if err != nil {
+			continue // It may be a file, or not be there, of which libcontainer will tell.
+		}
+		if readOnly(m.Options) && isMount(dir) {
+			err = setReadOnly(dir, true)
+			mounts[i].Options = without(m.Options, func(o string) bool { return o == "ro" || o == "rw" })
+		}
+		dir.Close()
+		if err != nil {
+			return fmt.Errorf("make the mount on %s read-only: %w", m.Destination, err)
 		}
 	}
+	return nil
+}
+
+// readOnly says whether a mount with these options is read-only, but not what is
+// mounted below.
+func readOnly(options []string) (ro bool) {
+	recursive := false
+	for _, o := range options { // the last word counts
+		switch o {
+		case "ro", "rw":
+			ro = o == "ro"
+		case "rro", "rrw":
+			recursive = o == "rro"
+		}
+	}
+	return ro && !recursive
+}
+
+// isMount says whether something is mounted on the directory, which was opened on
+// that.
+func isMount(dir *os.File) bool {
+	var st unix.Statx_t
+	err := unix.Statx(int(dir.Fd()), "", unix.AT_EMPTY_PATH, 0, &st)
+	return err == nil && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
+}
+
+// setReadOnly makes the whole file system that the directory is in read-only, or
+// no longer. Whether something of it can be changed is the host's decision.
+func setReadOnly(dir *os.File, readOnly bool) error {
+	fd, err := unix.Fspick(int(dir.Fd()), "", unix.FSPICK_EMPTY_PATH|unix.FSPICK_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("fspick: %w", err)
+	}
+	defer unix.Close(fd)
+	flag := "rw"
+	if readOnly {
+		flag = "ro"
+	}
+	err = unix.FsconfigSetFlag(fd, flag)
+	if err == nil {
+		err = unix.FsconfigReconfigure(fd)
+	}
+	if err != nil {
+		return fmt.Errorf("fsconfig: %w", err)
+	}
+	return nil
 }
 
 // closeVolumes lets go of what was remembered, which would keep the mounts.
@@ -99,6 +156,26 @@ func (v *volume) close() {
 		f.Close()
 	}
 	v.files = nil
+}
+
+// touchAll touches a directory and files in it. The file system may be one that
+// openShares has made read-only: then it is not, for that moment.
+func touchAll(dir *os.File, files []*os.File) (err error) {
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(dir.Fd()), &fs); err != nil {
+		return fmt.Errorf("statfs: %w", err)
+	}
+	if fs.Flags&unix.ST_RDONLY != 0 {
+		if err := setReadOnly(dir, false); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, setReadOnly(dir, true)) }()
+	}
+	var errs []error
+	for _, f := range append([]*os.File{dir}, files...) {
+		errs = append(errs, touch(f))
+	}
+	return errors.Join(errs...)
 }
 
 // touch gives a file the mode that it has. That changes nothing, and goes through
