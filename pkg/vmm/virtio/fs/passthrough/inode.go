@@ -181,6 +181,20 @@ func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*in
 	return n, 0
 }
 
+// again counts another lookup of the node that st describes and that is name in
+// dir, which the caller has pinned. It returns nil if the guest does not know it.
+func (t *inodeTable) again(st *unix.Statx_t, dir *inode, name string) *inode {
+	t.mu.Lock()
+	defer t.unlock()
+	n := t.byKey[keyOf(st)]
+	if n == nil || n.fd < 0 && (n.kind != uint32(st.Mode)&unix.S_IFMT || !sameBirth(n.birth, birthOf(st))) {
+		return nil
+	}
+	n.lookups++
+	t.place(n, dir, name)
+	return n
+}
+
 // give gives n the descriptor fd, unless it has one or fd is -1, and pins it.
 // mu is held.
 func (t *inodeTable) give(n *inode, fd int) {

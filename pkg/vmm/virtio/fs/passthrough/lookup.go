@@ -33,15 +33,22 @@ func (s *Server) find(dir *inode, name string, st *unix.Statx_t) (*inode, unix.E
 	return s.inodes.add(fd, st, dir, name)
 }
 
-// replyEntry replies with what name is in dir.
+// replyEntry replies with what name is in dir. Mostly the guest knows that, and
+// asks because it is to believe it no longer: such a node need not be opened.
 func (s *Server) replyEntry(r *request, dir *inode, name string) unix.Errno {
 	var st unix.Statx_t
-	n, errno := s.find(dir, name, &st)
-	if errno != 0 {
+	if errno := statChild(dir.fd, name, &st); errno != 0 {
 		return errno
 	}
+	n := s.inodes.again(&st, dir, name)
+	if n == nil {
+		var errno unix.Errno
+		if n, errno = s.find(dir, name, &st); errno != 0 {
+			return errno
+		}
+		defer s.inodes.put(n)
+	}
 	entry := s.entryOf(n, &st, dir)
-	s.inodes.put(n)
 	r.reply = entry.Append(r.reply)
 	return 0
 }

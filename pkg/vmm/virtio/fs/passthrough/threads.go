@@ -16,16 +16,26 @@ import (
 type threads struct {
 	proc int // /proc/self/fd
 	max  int
-	jobs chan func()
+	jobs chan func(*thread)
 
 	mu      sync.Mutex
 	started int // protected by mu
 }
 
+// thread is one of them.
+type thread struct{ umask int } // -1 before it is set
+
+func (th *thread) setUmask(umask uint32) {
+	if mask := int(umask & 0o777); mask != th.umask {
+		unix.Umask(mask)
+		th.umask = mask
+	}
+}
+
 // newThreads starts the first thread and fails if that is not possible. More,
 // up to limit, start when they are needed.
 func newThreads(proc, limit int) (*threads, error) {
-	t := &threads{proc: proc, max: limit, jobs: make(chan func())}
+	t := &threads{proc: proc, max: limit, jobs: make(chan func(*thread))}
 	if err := t.grow(); err != nil {
 		return nil, err
 	}
@@ -52,8 +62,9 @@ func (t *threads) grow() error {
 			return
 		}
 		ready <- nil
+		th := &thread{umask: -1}
 		for job := range t.jobs {
-			job()
+			job(th)
 		}
 	}()
 	if err := <-ready; err != nil {
@@ -64,10 +75,10 @@ func (t *threads) grow() error {
 }
 
 // do runs f on one of the threads and waits for it.
-func (t *threads) do(f func()) {
+func (t *threads) do(f func(*thread)) {
 	done := make(chan struct{})
-	job := func() {
-		f()
+	job := func(th *thread) {
+		f(th)
 		close(done)
 	}
 	select {
@@ -81,8 +92,8 @@ func (t *threads) do(f func()) {
 
 // withUmask runs f on one of the threads, with the given umask.
 func (t *threads) withUmask(umask uint32, f func() error) (errno unix.Errno) {
-	t.do(func() {
-		unix.Umask(int(umask & 0o777))
+	t.do(func(th *thread) {
+		th.setUmask(umask)
 		errno = retry(f)
 	})
 	return errno
@@ -91,8 +102,8 @@ func (t *threads) withUmask(umask uint32, f func() error) (errno unix.Errno) {
 // as runs f on one of the threads, which accesses files with these ids meanwhile,
 // and goes back to the server's own.
 func (t *threads) as(uid, gid uint32, umask uint32, f func() error) (errno unix.Errno) {
-	t.do(func() {
-		unix.Umask(int(umask & 0o777))
+	t.do(func(th *thread) {
+		th.setUmask(umask)
 		ownGID, _ := unix.SetfsgidRetGid(int(gid)) // they fail by doing nothing
 		ownUID, _ := unix.SetfsuidRetUid(int(uid))
 		errno = retry(f)

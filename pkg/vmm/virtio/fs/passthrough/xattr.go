@@ -46,7 +46,7 @@ func (s *Server) xattr(nodeID uint64, f func(path string) error) (errno unix.Err
 	}
 	defer s.inodes.put(n)
 	path := strconv.Itoa(n.fd) // in /proc/self/fd, the thread's directory
-	s.threads.do(func() { errno = retry(func() error { return f(path) }) })
+	s.threads.do(func(*thread) { errno = retry(func() error { return f(path) }) })
 	return errno
 }
 
