@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the guest kernel: Debian's linux-source package with microvm.config, as a stripped vmlinux in bin/.
+# Builds the guest kernel: Debian's linux-source package with microvm.config and one line changed, as a stripped vmlinux in bin/.
 # The result is cached under the package's version and the contents of this directory, so a repeat run returns at once.
 # usage: hack/kernel/build.sh
 set -euo pipefail
@@ -44,6 +44,15 @@ verify_config() {
 	[ $lost = 0 ] || die "the kernel's configuration does not have what microvm.config asks for (lines above)"
 }
 
+# correct: changes the one line of the source that no configuration does. What FUSE mounts by itself where the host has a
+# mount, which is everything that a container sees of a share, gets no SB_POSIXACL: there are no ACLs then, and those that
+# the host has are not looked at.
+correct() {
+	local file=fs/fuse/inode.c line='sb->s_xattr = parent_sb->s_xattr;'
+	sed -i "s/^\t$line\$/&\n\tsb->s_flags |= parent_sb->s_flags \& SB_POSIXACL;/" $file
+	[ "$(grep -c 'parent_sb->s_flags & SB_POSIXACL;$' $file)" = 1 ] || die "$file is not what it was: $line"
+}
+
 # compile: runs make with its output in a log, and tells how far it is.
 compile() {
 	local log=$SCRATCH/build.log start=$SECONDS last=$SECONDS pid rc=0
@@ -84,6 +93,7 @@ archive=$SCRATCH/deb/usr/src/$SOURCE.tar.xz
 mkdir "$SCRATCH/src"
 tar -C "$SCRATCH/src" --strip-components=1 -xf "$archive"
 cd "$SCRATCH/src"
+correct
 
 # The names and dates a kernel carries are the same on every machine. LOCALVERSION is set so that a git repository
 # around the cache does not add a "+" to the version.

@@ -109,7 +109,8 @@ func TestFileSystemConformance(t *testing.T) {
 		"--mount", "type=bind,src=" + dir + ",dst=/share,options=rbind:rw",
 	}, "/fsconformance", "-entries", "300", "/share")
 	for line := range strings.Lines(r.Stdout) {
-		if strings.HasPrefix(line, "FAIL") {
+		// What the host lacks is skipped; ACLs it has.
+		if strings.HasPrefix(line, "FAIL") || strings.HasPrefix(line, "SKIP acl/") {
 			t.Error(strings.TrimSpace(line))
 		}
 	}

@@ -121,6 +121,42 @@ var guestChecks = []guestCheck{
 		}
 		return nil
 	}},
+	{"ACLs in a submount", func() error {
+		// Version 2; owner, user 1000, group, mask and others, see acl(5).
+		acl := []byte{2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 6, 0, 232, 3, 0, 0, 4, 0, 0, 0, 255, 255, 255, 255,
+			16, 0, 6, 0, 255, 255, 255, 255, 32, 0, 0, 0, 255, 255, 255, 255}
+		if err := unix.Setxattr(shared+"/mount/in", "system.posix_acl_access", acl, 0); err != nil {
+			return err
+		}
+		defer unix.Removexattr(shared+"/mount/in", "system.posix_acl_access")
+		var st unix.Stat_t
+		if err := unix.Stat(shared+"/mount/in", &st); err != nil || st.Mode != unix.S_IFREG|0o660 {
+			return fmt.Errorf("mode %#o, %v", st.Mode, err)
+		}
+		return nil
+	}},
+	{"mount below a read-only file system", func() error { // as the agent makes them
+		change := func(flag string) error {
+			fd, err := unix.Fspick(unix.AT_FDCWD, shared+"/mount", unix.FSPICK_CLOEXEC)
+			if err == nil {
+				err = errors.Join(unix.FsconfigSetFlag(fd, flag), unix.FsconfigReconfigure(fd))
+				unix.Close(fd)
+			}
+			return err
+		}
+		if err := change("ro"); err != nil {
+			return err
+		}
+		above := os.WriteFile(shared+"/mount/x", nil, 0o600)
+		below := os.WriteFile(shared+"/mount/below/x", nil, 0o600)
+		if err := change("rw"); err != nil {
+			return err
+		}
+		if !errors.Is(above, unix.EROFS) || below != nil {
+			return fmt.Errorf("create: %v, in the mount below: %v", above, below)
+		}
+		return os.WriteFile(shared+"/mount/y", nil, 0o600)
+	}},
 	{"read-only mount of the host", func() error {
 		if err := os.WriteFile(shared+"/readonly/x", nil, 0o600); !errors.Is(err, unix.EROFS) {
 			return fmt.Errorf("create: %v", err)
@@ -228,7 +264,7 @@ func hostMounts(t *testing.T, dir string) {
 		must(unix.Mount(source, target, kind, flags, data))
 		t.Cleanup(func() { _ = unix.Unmount(target, unix.MNT_DETACH) })
 	}
-	for _, d := range []string{"mount", "readonly"} {
+	for _, d := range []string{"mount", "readonly", "mount/below"} {
 		must(os.Mkdir(filepath.Join(dir, d), 0o755))
 		mount("tmpfs", filepath.Join(dir, d), "tmpfs", 0, "size=1m")
 	}
