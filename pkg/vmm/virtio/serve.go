@@ -11,18 +11,13 @@ import (
 // and is responsible for Complete and Flush. When the driver breaks the ring,
 // Serve calls fail and returns.
 func Serve(q *Queue, fail func(error), handle func(*Chain) (written uint32, done bool)) {
-	for c := q.await(fail); c != nil; c = q.await(fail) {
-		if written, done := handle(c); done {
-			q.Complete(c, written)
-			q.Flush()
-		}
-	}
+	serve(q, func() *Chain { return q.await(fail) }, handle)
 }
 
 // ServeConcurrently is Serve for a handle that blocks: n goroutines call it at
 // the same time, for different chains. Chains are completed in the order in
 // which handle returns. ServeConcurrently returns when all calls have returned.
-func ServeConcurrently(q *Queue, n int, fail func(error), handle func(*Chain) (written uint32)) {
+func ServeConcurrently(q *Queue, n int, fail func(error), handle func(*Chain) (written uint32, done bool)) {
 	// One goroutine waits for the driver and the others for its turn. Who gets
 	// a chain handles it: no hand-over is in the way of a single request.
 	var turn sync.Mutex
@@ -39,14 +34,18 @@ func ServeConcurrently(q *Queue, n int, fail func(error), handle func(*Chain) (w
 	}
 	var workers sync.WaitGroup
 	for range n {
-		workers.Go(func() {
-			for c := next(); c != nil; c = next() {
-				q.Complete(c, handle(c))
-				q.Flush()
-			}
-		})
+		workers.Go(func() { serve(q, next, handle) })
 	}
 	workers.Wait()
+}
+
+func serve(q *Queue, next func() *Chain, handle func(*Chain) (written uint32, done bool)) {
+	for c := next(); c != nil; c = next() {
+		if written, done := handle(c); done {
+			q.Complete(c, written)
+			q.Flush()
+		}
+	}
 }
 
 // await returns the next chain, or nil when the queue is closed, or broken,

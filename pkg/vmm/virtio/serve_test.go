@@ -42,12 +42,12 @@ func (*echo) WriteConfig(uint64, []byte) {}
 
 func (e *echo) Activate(a virtio.Activation) error {
 	q := a.Queues[0]
-	answer := func(c *virtio.Chain) uint32 {
+	answer := func(c *virtio.Chain) (written uint32, done bool) {
 		var n uint64
 		for _, b := range c.Readable {
 			n += uint64(c.CopyOut(b, n))
 		}
-		return uint32(n)
+		return uint32(n), true
 	}
 	if e.pool {
 		e.stopped.Go(func() { virtio.ServeConcurrently(q, e.workers, a.Fail, answer) })
@@ -58,7 +58,8 @@ func (e *echo) Activate(a virtio.Activation) error {
 	for range e.workers {
 		e.stopped.Go(func() {
 			for c := range jobs {
-				q.Complete(c, answer(c))
+				written, _ := answer(c)
+				q.Complete(c, written)
 				q.Flush()
 			}
 		})
@@ -67,7 +68,7 @@ func (e *echo) Activate(a virtio.Activation) error {
 		defer close(jobs)
 		virtio.Serve(q, a.Fail, func(c *virtio.Chain) (uint32, bool) {
 			if e.workers == 0 {
-				return answer(c), true
+				return answer(c)
 			}
 			jobs <- c
 			return 0, false

@@ -51,9 +51,9 @@ type session struct {
 // handle serves a request, which may be split into descriptors in any way
 // (section 2.7.4.1). The header is copied out of guest memory before it is
 // checked, the data is not touched.
-func (s *session) handle(c *virtio.Chain) uint32 {
+func (s *session) handle(c *virtio.Chain) (used uint32, done bool) {
 	if len(c.Writable) == 0 {
-		return 0 // nowhere to put a status
+		return 0, true // nowhere to put a status
 	}
 	// The status is the very last byte; the data is what is left.
 	last := &c.Writable[len(c.Writable)-1]
@@ -73,9 +73,9 @@ func (s *session) handle(c *virtio.Chain) uint32 {
 	// The used length counts from the first byte (section 2.7.8.2): the status
 	// counts only when all before it was written.
 	if written < dataIn {
-		return uint32(written)
+		return uint32(written), true
 	}
-	return uint32(dataIn) + 1
+	return uint32(dataIn) + 1, true
 }
 
 // serve does what the request asks for, and returns how many bytes it wrote to

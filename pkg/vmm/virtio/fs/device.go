@@ -5,7 +5,6 @@ package fs
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -74,7 +73,7 @@ type Device struct {
 	queues  int
 	workers int
 
-	running sync.WaitGroup // workers since Activate
+	running sync.WaitGroup // of the queues since Activate
 }
 
 // New makes a device. Close releases it.
@@ -157,10 +156,13 @@ func (d *Device) Activate(a virtio.Activation) error {
 		if i < firstQueue {
 			workers = 1
 		}
-		s := &served{queue: q, server: d.server, fail: a.Fail}
-		for range workers {
-			d.running.Go(s.work)
+		handle := func(c *virtio.Chain) (written uint32, done bool) {
+			return d.server.Handle(c.Readable, c.Writable, func(written uint32) {
+				q.Complete(c, written)
+				q.Flush()
+			})
 		}
+		d.running.Go(func() { virtio.ServeConcurrently(q, workers, a.Fail, handle) })
 	}
 	return nil
 }
@@ -171,50 +173,4 @@ func (d *Device) Reset() {
 	d.server.Cancel()
 	d.running.Wait()
 	d.server.Reset()
-}
-
-// served is a queue and its workers. One of them at a time waits for a request;
-// it then serves that itself, while the next one waits. So no request is handed
-// from one goroutine to another, and one that blocks holds up no other.
-type served struct {
-	queue  *virtio.Queue
-	server *passthrough.Server
-	fail   func(error)
-
-	turn    sync.Mutex // held by the worker that waits; protects stopped
-	stopped bool
-}
-
-func (s *served) work() {
-	for c := s.next(); c != nil; c = s.next() {
-		complete := func(written uint32) {
-			s.queue.Complete(c, written)
-			s.queue.Flush()
-		}
-		if written, done := s.server.Handle(c.Readable, c.Writable, complete); done {
-			complete(written)
-		}
-	}
-}
-
-// next waits for a request. It returns nil when there will be none any more.
-func (s *served) next() *virtio.Chain {
-	s.turn.Lock()
-	defer s.turn.Unlock()
-	for !s.stopped {
-		c, err := s.queue.Next()
-		if c != nil {
-			return c
-		}
-		if err == nil {
-			err = s.queue.Wait()
-		}
-		if err != nil {
-			s.stopped = true
-			if !errors.Is(err, virtio.ErrClosed) {
-				s.fail(err)
-			}
-		}
-	}
-	return nil
 }
