@@ -220,6 +220,10 @@ func testProcess(t *testing.T, j *jailed) {
 	if n := status(t, j.proc("status"))["NSpid"]; n != fmt.Sprintf("%d 1", j.Pid()) {
 		t.Errorf("process ids %s", n)
 	}
+	environment, err := os.ReadFile(j.proc("environ"))
+	if want := fmt.Sprintf("GODEBUG=disablethp=1\x00GOMAXPROCS=%d\x00", control.MaxProcs(1)); err != nil || string(environment) != want {
+		t.Errorf("environment %q, %v", environment, err)
+	}
 	for _, ns := range []string{"mnt", "pid", "ipc", "uts", "cgroup", "net"} {
 		ours, err1 := os.Readlink("/proc/self/ns/" + ns)
 		its, err2 := os.Readlink(j.proc("ns", ns)) // as who looks up a container's network
@@ -243,6 +247,7 @@ func testProcess(t *testing.T, j *jailed) {
 			t.Errorf("%s: %d, %d, %v", name, soft, hard, err)
 		}
 	}
+	testHeap(t, j)
 	descriptors, err := os.ReadDir(j.proc("fd"))
 	if err != nil {
 		t.Fatal(err)
@@ -275,6 +280,21 @@ func testProcess(t *testing.T, j *jailed) {
 		default:
 			t.Errorf("descriptor of the directory %s", name)
 		}
+	}
+}
+
+// testHeap looks whether Go has refused huge pages for its heap, which is smaller
+// than one.
+func testHeap(t *testing.T, j *jailed) {
+	if _, err := os.Stat("/sys/kernel/mm/transparent_hugepage"); err != nil {
+		return // this host has none
+	}
+	maps, err := os.ReadFile(j.proc("smaps"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(maps), " nh ") { // VM_NOHUGEPAGE, proc(5)
+		t.Error("no part of the process's memory refuses huge pages")
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -240,6 +241,9 @@ func (m *machine) resize(want control.Size) (control.Size, error) {
 	vcpus, err := m.VCPUStats()
 	if err != nil {
 		return control.Size{}, err
+	}
+	if n := control.MaxProcs(len(vcpus)); n > runtime.GOMAXPROCS(0) {
+		runtime.GOMAXPROCS(n)
 	}
 	return m.size(len(vcpus)), nil
 }

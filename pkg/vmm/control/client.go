@@ -132,7 +132,7 @@ func Launch(ctx context.Context, o Options) (*VMM, error) {
 // when the parent's thread ends, not only its process.
 func (v *VMM) start(o Options, socket *os.File) error {
 	cmd := exec.Command(o.Binary)
-	cmd.Env = []string{} // the VMM takes no setting from the environment
+	cmd.Env = environment(o.Config.VCPUs)
 	cmd.ExtraFiles = []*os.File{SocketFD - 3: socket, RootFD - 3: o.Root}
 	if o.Log != nil { // a nil *os.File would be a non-nil io.Writer
 		cmd.Stderr = o.Log

@@ -49,8 +49,8 @@ func Runtime() []Rule {
 }
 
 // Threads is what the runtime does only on threads that are not locked to a
-// goroutine: threads come and go, GOMAXPROCS follows the host, and the poller is
-// made when something is waited for the first time.
+// goroutine: threads come and go, GOMAXPROCS follows the host unless it was set,
+// and the poller is made when something is waited for the first time.
 func Threads() []Rule {
 	return []Rule{
 		{unix.SYS_CLONE, []Arg{{Index: 0, Mask: 0xffffffffffffffff, Value: goThreadFlags}}},
