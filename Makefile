@@ -10,6 +10,8 @@ export MICROVM_CACHE ?= $(HOME)/.cache/microvm
 # guest-agent is part of the guest image and built with it.
 PROGRAMS := $(filter-out guest-agent,$(notdir $(wildcard cmd/*)))
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false
+# The shim speaks ttrpc only. The packages of containerd's API would bring gRPC in for everybody, HTTP/2 with it; there is one shim a sandbox.
+PROGRAM_TAGS := no_grpc
 TESTBED  := $(CURDIR)/hack/testbed/run
 
 E2E_RUNTIME ?= io.containerd.microvm.v2
@@ -24,7 +26,7 @@ help: ## show this list
 .PHONY: build
 build: ## build the programs of cmd/ that run on the host, into bin/
 	@mkdir -p bin
-	$(GO_BUILD) -o bin/ $(PROGRAMS:%=./cmd/%)
+	$(GO_BUILD) -tags $(PROGRAM_TAGS) -o bin/ $(PROGRAMS:%=./cmd/%)
 
 .PHONY: kernel
 kernel: ## build the guest kernel, bin/vmlinux (about 15 minutes, once)
@@ -54,7 +56,7 @@ testbed: ## make the emulated machine for hosts whose KVM cannot boot the guest 
 	hack/testbed/build.sh
 
 .PHONY: proto
-proto: ## generate the Go code of the agent's protocol
+proto: ## generate the Go code of the protocols
 	hack/proto.sh
 
 .PHONY: guest

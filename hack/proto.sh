@@ -1,6 +1,6 @@
 #!/bin/sh
-# Generates the Go code of pkg/agentproto from agent.proto. Needed only after a
-# change of agent.proto: the result is in the repository.
+# Generates the Go code of pkg/agentproto and pkg/shim/podconfig from their .proto
+# files. Needed only after a change of these: the result is in the repository.
 #
 # Needs protoc and its well-known types (Debian: protobuf-compiler,
 # libprotobuf-dev). The two plugins are built from the versions go.mod names.
@@ -22,3 +22,8 @@ PATH=$plugins:$PATH protoc \
 	--go_out=pkg/agentproto --go_opt=paths=source_relative \
 	--go-ttrpc_out=pkg/agentproto --go-ttrpc_opt=paths=source_relative \
 	agent.proto
+
+PATH=$plugins:$PATH protoc \
+	--proto_path=pkg/shim/podconfig \
+	--go_out=pkg/shim/podconfig --go_opt=paths=source_relative \
+	podconfig.proto

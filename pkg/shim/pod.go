@@ -16,9 +16,9 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
-	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/shim/podconfig"
 	"github.com/microvm-runtime/microvm/pkg/shim/state"
 )
 
@@ -38,7 +38,7 @@ func (s podState) String() string {
 // pod is a sandbox that was made by the sandbox API.
 type pod struct {
 	id, bundle, netns string
-	config            *cri.PodSandboxConfig
+	config            *podconfig.PodSandboxConfig
 	created           time.Time
 
 	// What follows is guarded by the service's mu. sandbox is set once it runs
@@ -60,13 +60,13 @@ type pod struct {
 func newPod(id, bundle, netns string, options *anypb.Any) (*pod, error) {
 	p := &pod{
 		id: id, bundle: bundle, netns: netns,
-		config:  &cri.PodSandboxConfig{},
+		config:  &podconfig.PodSandboxConfig{},
 		created: time.Now(),
 		started: make(chan struct{}),
 		stopped: make(chan struct{}),
 	}
 	if len(options.GetTypeUrl()) > 0 {
-		if name := path.Base(options.GetTypeUrl()); name != string(p.config.ProtoReflect().Descriptor().FullName()) {
+		if name := path.Base(options.GetTypeUrl()); name != podconfig.TypeName {
 			return nil, fmt.Errorf("sandbox %s: options of the type %q are not known: %w", id, name, errdefs.ErrInvalidArgument)
 		}
 		if err := proto.Unmarshal(options.GetValue(), p.config); err != nil {
@@ -75,14 +75,14 @@ func newPod(id, bundle, netns string, options *anypb.Any) (*pod, error) {
 	}
 	namespaces := p.config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	for _, n := range []struct {
-		mode cri.NamespaceMode
+		mode podconfig.NamespaceMode
 		name string
 	}{
 		{namespaces.GetNetwork(), "network (hostNetwork)"},
 		{namespaces.GetPid(), "pid (hostPID)"},
 		{namespaces.GetIpc(), "ipc (hostIPC)"},
 	} {
-		if n.mode == cri.NamespaceMode_NODE {
+		if n.mode == podconfig.NamespaceMode_NODE {
 			return nil, fmt.Errorf("the pod is to share the host's %s namespace: a virtual machine cannot: %w", n.name, errdefs.ErrNotImplemented)
 		}
 	}
@@ -168,7 +168,7 @@ func (p *pod) writeFiles() error {
 }
 
 // resolvConf is resolv.conf(5).
-func resolvConf(dns *cri.DNSConfig) []byte {
+func resolvConf(dns *podconfig.DNSConfig) []byte {
 	var lines []string
 	if len(dns.GetSearches()) > 0 {
 		lines = append(lines, "search "+strings.Join(dns.GetSearches(), " "))

@@ -16,9 +16,9 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/protobuf/types/known/timestamppb"
-	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
+	"github.com/microvm-runtime/microvm/pkg/shim/podconfig"
 )
 
 var (
@@ -28,8 +28,8 @@ var (
 
 // States of a sandbox as the CRI plugin understands them.
 var (
-	stateReady    = cri.PodSandboxState_SANDBOX_READY.String()
-	stateNotReady = cri.PodSandboxState_SANDBOX_NOTREADY.String()
+	stateReady    = "SANDBOX_READY"
+	stateNotReady = "SANDBOX_NOTREADY"
 )
 
 // CreateSandbox notes what the sandbox is to be. Its machine comes with
@@ -277,9 +277,9 @@ func (p *pod) info(pid uint32) (map[string]string, error) {
 	// The CRI plugin parses this one and adds to it: SandboxInfo of
 	// internal/cri/server/podsandbox/types.
 	sandboxInfo := struct {
-		Pid    uint32                `json:"pid"`
-		Status string                `json:"processStatus"`
-		Config *cri.PodSandboxConfig `json:"config"`
+		Pid    uint32                      `json:"pid"`
+		Status string                      `json:"processStatus"`
+		Config *podconfig.PodSandboxConfig `json:"config"`
 	}{pid, p.state.String(), p.config}
 
 	machine := struct {
