@@ -466,7 +466,8 @@ func TestTermination(t *testing.T) {
 	}
 }
 
-// The shim has a mount namespace of its own, and its log goes to the fifo.
+// The shim has a mount namespace of its own, its log goes to the fifo, and its
+// heap refuses huge pages.
 func TestSurroundings(t *testing.T) {
 	n := newNode(t)
 	bundle := n.bundle("c1", nil)
@@ -490,6 +491,12 @@ func TestSurroundings(t *testing.T) {
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil || !strings.Contains(string(mounts), n.root+"/ns/c1/shared/tree/c1/rootfs") {
 		t.Errorf("the container's root is not mounted: %v", err)
+	}
+	if _, err := os.Stat("/sys/kernel/mm/transparent_hugepage"); err == nil {
+		smaps, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid))
+		if err != nil || !strings.Contains(string(smaps), " nh ") { // VM_NOHUGEPAGE, proc(5)
+			t.Errorf("no part of the shim's memory refuses huge pages: %v", err)
+		}
 	}
 	line := make([]byte, 4096)
 	k, err := logFile.Read(line)

@@ -183,7 +183,10 @@ func spawn(in bootstrap.Invocation, dir state.Dir, socket string, lock *os.File)
 	if in.Debug {
 		cmd.Args = append(cmd.Args, "-debug")
 	}
-	cmd.Env = append(os.Environ(), "GOMAXPROCS=2")
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=2",
+		// Go's heap has 2 MiB. Hosts that give huge pages to whoever does not
+		// refuse them, as Debian's do, would make it 4 MiB.
+		"GODEBUG=disablethp=1,"+os.Getenv("GODEBUG"))
 	cmd.Stdin = bytes.NewReader(config)
 	cmd.ExtraFiles = []*os.File{listener, report, lock, hostNamespace} // in the order of the constants
 	cmd.SysProcAttr = &syscall.SysProcAttr{
