@@ -119,7 +119,7 @@ func (b *bench) runningContainer(c ctr, subject, runtime string) error {
 		if subject != "microvm" {
 			break
 		}
-		if err := b.processMemory(subject, name); err != nil {
+		if err := b.memoryOfProcess(subject, name); err != nil {
 			b.missing("memory of %s: %v", name, err)
 		}
 	}
@@ -194,8 +194,8 @@ func (b *bench) runningContainer(c ctr, subject, runtime string) error {
 	return nil
 }
 
-// processMemory records the private memory of the only process of that name.
-func (b *bench) processMemory(subject, name string) error {
+// memoryOfProcess records the memory of the only process of that name.
+func (b *bench) memoryOfProcess(subject, name string) error {
 	exes, err := filepath.Glob("/proc/[0-9]*/exe")
 	if err != nil {
 		return err
@@ -209,11 +209,11 @@ func (b *bench) processMemory(subject, name string) error {
 		if err != nil {
 			return err
 		}
-		kb, err := ownMemory(pid)
+		m, err := memoryOf(pid)
 		if err != nil {
 			return err
 		}
-		b.add("memory", name+" with a container (USS)", subject, "MiB", kb/1024)
+		b.addMemory(name+" with a container:", subject, m)
 		return nil
 	}
 	return fmt.Errorf("no such process")

@@ -38,7 +38,7 @@ type start struct {
 	phases []phase
 	// KVM's own counters when /sbin/init ran, and when the agent answered.
 	initExits, exits map[string]float64
-	ussKB            float64 // of the VMM process, without guest memory
+	memory           processMemory // of the VMM
 	guest            *agentproto.InfoResponse
 }
 
@@ -89,7 +89,7 @@ func (b *bench) addStarts(subject string, starts []*start) {
 		b.add("exits to /sbin/init", name, subject, "", collect(starts, func(s *start) float64 { return s.initExits[name] })...)
 		b.add("exits from there to agent ready", name, subject, "", collect(starts, func(s *start) float64 { return s.exits[name] - s.initExits[name] })...)
 	}
-	b.add("memory", "VMM private (USS)", subject, "MiB", collect(starts, func(s *start) float64 { return s.ussKB / 1024 })...)
+	b.addMemory("VMM", subject, collectMemory(starts)...)
 	b.add("memory", "guest memory missing from MemTotal", subject, "MiB", collect(starts, func(s *start) float64 {
 		return float64(machineMemory-s.guest.MemoryTotalBytes) / (1 << 20)
 	})...)
@@ -99,6 +99,14 @@ func collect(starts []*start, f func(*start) float64) []float64 {
 	samples := make([]float64, len(starts))
 	for i, s := range starts {
 		samples[i] = f(s)
+	}
+	return samples
+}
+
+func collectMemory(starts []*start) []processMemory {
+	samples := make([]processMemory, len(starts))
+	for i, s := range starts {
+		samples[i] = s.memory
 	}
 	return samples
 }
@@ -248,7 +256,7 @@ func (s *start) finish(ctx context.Context, conn net.Conn, begin time.Time, pid 
 	if s.exits, err = kvmCounters(pid); err != nil {
 		return err
 	}
-	if s.ussKB, err = ownMemory(pid); err != nil {
+	if s.memory, err = memoryOf(pid); err != nil {
 		return err
 	}
 	_, err = agent.Shutdown(ctx, &emptypb.Empty{})
@@ -291,36 +299,4 @@ func kvmCounters(pid int) (map[string]float64, error) {
 		}
 	}
 	return counters, nil
-}
-
-// ownMemory sums the private memory of a process in KiB, without the mapping
-// that holds the guest's memory.
-func ownMemory(pid int) (float64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid))
-	if err != nil {
-		return 0, err
-	}
-	var sum float64
-	guest := false
-	for line := range strings.Lines(string(text)) {
-		fields := strings.Fields(line)
-		if len(fields) < 2 {
-			continue
-		}
-		if first, last, ok := strings.Cut(fields[0], "-"); ok && !strings.HasSuffix(fields[0], ":") {
-			from, _ := strconv.ParseUint(first, 16, 64)
-			to, _ := strconv.ParseUint(last, 16, 64)
-			guest = to-from >= machineMemory/2
-			continue
-		}
-		if guest || (fields[0] != "Private_Clean:" && fields[0] != "Private_Dirty:") {
-			continue
-		}
-		kb, err := strconv.ParseFloat(fields[1], 64)
-		if err != nil {
-			return 0, fmt.Errorf("smaps: %w", err)
-		}
-		sum += kb
-	}
-	return sum, nil
 }
