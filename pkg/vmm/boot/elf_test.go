@@ -43,6 +43,34 @@ func TestLoadKernel(t *testing.T) {
 	}
 }
 
+// counted counts what is read of a file.
+type counted struct {
+	io.ReaderAt
+	reads, bytes int
+}
+
+func (c *counted) ReadAt(p []byte, offset int64) (int, error) {
+	c.reads++
+	n, err := c.ReaderAt.ReadAt(p, offset)
+	c.bytes += n
+	return n, err
+}
+
+// A kernel is read straight to where it belongs, each segment by one system call.
+func TestLoadKernelReadsOnce(t *testing.T) {
+	mem, _ := newMemory(t)
+	const headers = boottest.HeaderSize + 2*boottest.SegmentSize
+	file := &counted{ReaderAt: bytes.NewReader(boottest.File(0x2000, make([]byte, 0x3000),
+		boottest.Segment{Addr: 0x2000, Offset: headers, FileSize: 0x2000, MemSize: 0x2000},
+		boottest.Segment{Addr: 0x5000, Offset: headers + 0x2000, FileSize: 0x1000, MemSize: 0x2000}))}
+	if _, err := LoadKernel(file, mem, testLowest); err != nil {
+		t.Fatal(err)
+	}
+	if file.reads != 4 || file.bytes != headers+0x3000 {
+		t.Errorf("%d bytes in %d reads", file.bytes, file.reads)
+	}
+}
+
 func TestLoadKernelRefuses(t *testing.T) {
 	good := boottest.Segment{Addr: 0x2000, Offset: 0, FileSize: 4, MemSize: 4}
 	patch := func(offset int, value ...byte) []byte {
