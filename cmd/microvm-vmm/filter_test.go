@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/rand"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -57,7 +56,7 @@ func TestDevicesOnVCPUThread(t *testing.T) {
 	}
 	var drivers []*virtiotest.Driver
 	for _, d := range []virtio.Device{
-		console.New(tempFile(t, "console", nil)), rng.New(rand.Reader), balloon.New(log),
+		console.New(tempFile(t, "console", nil)), rng.New(rng.Kernel), balloon.New(log),
 		vsock.New(vsock.Config{GuestCID: guestCID, Log: log}), share, nic.device, disk.device,
 	} {
 		driver := virtiotest.NewDriver(t, d, virtiotest.Options{})

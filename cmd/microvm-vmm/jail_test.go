@@ -283,6 +283,17 @@ func testProcess(t *testing.T, j *jailed) {
 	}
 }
 
+// What the program links, all sandboxes pay for. See rng.Kernel about this one.
+func TestLinksNoCrypto(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.Contains(strings.Fields(string(out)), "crypto/rand") {
+		t.Error("the VMM links crypto/rand; go list -deps says through what")
+	}
+}
+
 // testHeap looks whether Go has refused huge pages for its heap, which is smaller
 // than one.
 func testHeap(t *testing.T, j *jailed) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -93,7 +92,7 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	}
 	devices := []virtio.Device{
 		m.console,
-		rng.New(rand.Reader),
+		rng.New(rng.Kernel),
 		balloon.New(log),
 		m.vsock,
 	}

@@ -13,8 +13,9 @@ func Syscalls() []seccomp.Rule {
 	rules := kvm.Syscalls()
 	rules = append(rules, eventSyscalls()...)
 	rules = append(rules, seccomp.Calls(
-		unix.SYS_PREAD64, // the kernel's statistics of a vCPU
-		unix.SYS_FSYNC,   // pmem
+		unix.SYS_PREAD64,   // the kernel's statistics of a vCPU
+		unix.SYS_FSYNC,     // pmem
+		unix.SYS_GETRANDOM, // rng
 	)...)
 	return append(rules,
 		// Hot-plugged memory becomes accessible.

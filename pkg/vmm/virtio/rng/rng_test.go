@@ -23,6 +23,19 @@ func (ones) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
+func TestKernel(t *testing.T) {
+	// Above 256 bytes getrandom(2) may be interrupted.
+	a, b := make([]byte, maxRequest), make([]byte, maxRequest)
+	for _, p := range [][]byte{a, b} {
+		if _, err := io.ReadFull(Kernel, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if bytes.Equal(a, b) || bytes.Count(a, []byte{0}) > maxRequest/64 {
+		t.Error("this is not random")
+	}
+}
+
 func TestRequests(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
