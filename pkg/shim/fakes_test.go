@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,7 +40,9 @@ type fakeMachine struct {
 	agent *agenttest.Agent
 	// silent is a guest whose agent does not come.
 	silent bool
-	pid    int
+	// stuck is a VMM that does not answer.
+	stuck atomic.Bool
+	pid   int
 	// attachError makes AttachNIC and AttachDisk fail.
 	attachError error
 	// pmemError makes AttachDisk fail for persistent memory.
@@ -144,7 +147,11 @@ func (m *fakeMachine) attached() (list []fakeDisk) {
 	return list
 }
 
-func (m *fakeMachine) Dial(_ context.Context, port uint32) (*net.UnixConn, error) {
+func (m *fakeMachine) Dial(ctx context.Context, port uint32) (*net.UnixConn, error) {
+	if m.stuck.Load() {
+		<-ctx.Done()
+		return nil, context.Cause(ctx)
+	}
 	if port != agentclient.StreamPort {
 		return nil, fmt.Errorf("port %d", port)
 	}
@@ -177,7 +184,11 @@ func (m *fakeMachine) Stop(context.Context) error {
 }
 
 // Resize does all that it is asked for.
-func (m *fakeMachine) Resize(_ context.Context, size control.Size) (control.Size, error) {
+func (m *fakeMachine) Resize(ctx context.Context, size control.Size) (control.Size, error) {
+	if m.stuck.Load() {
+		<-ctx.Done()
+		return control.Size{}, context.Cause(ctx)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.sizes = append(m.sizes, size)

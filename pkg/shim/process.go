@@ -2,8 +2,10 @@ package shim
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
@@ -209,29 +211,50 @@ func (p *process) kill(ctx context.Context, signal uint32, all bool) error {
 	if p.container.sandbox.alive() != nil {
 		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
 	}
-	if signal == sigkill && p.execID == "" {
+	enforced := signal == sigkill && p.execID == ""
+	if enforced {
 		p.enforce.Do(func() { go p.enforceKill() })
 	}
-	return p.container.agent.Signal(ctx, p.container.id, p.execID, signal, all)
+	err := p.container.agent.Signal(ctx, p.container.id, p.execID, signal, all)
+	if enforced && (errors.Is(err, context.DeadlineExceeded) || errdefs.IsUnavailable(err)) {
+		// The process ends all the same. Callers that are told of an error go
+		// no further: CRI would leave the pod's other containers as they are.
+		log.L.WithError(err).Warnf("container %s is killed without its guest's help", p.container.id)
+		return nil
+	}
+	return err
 }
 
 // enforceKill sees to it that SIGKILL has its effect although a guest may not
-// want it to: when a container outlives it, and no other one in the machine
-// runs, the machine is killed.
+// want it to: when a container outlives it, the machine is killed, unless other
+// containers run in there and the agent answers.
 func (p *process) enforceKill() {
 	c := p.container
 	for {
+		ctx, cancel := context.WithTimeout(context.Background(), c.sandbox.host.patience)
+		var answers atomic.Bool
+		go func() {
+			_, err := c.sandbox.agent.Info(ctx)
+			answers.Store(err == nil)
+		}()
 		select {
 		case <-p.exited:
+			cancel()
 			return
-		case <-time.After(c.sandbox.host.patience):
+		case <-ctx.Done():
+			cancel()
 		}
-		if c.alone() {
+		switch {
+		case !answers.Load():
+			log.L.Errorf("container %s outlives SIGKILL, and the agent in the guest does not answer: killing the virtual machine", c.id)
+		case c.alone():
 			log.L.Errorf("container %s outlives SIGKILL, killing its virtual machine", c.id)
-			c.sandbox.vm.Kill()
-			return
+		default:
+			log.L.Errorf("container %s outlives SIGKILL; other containers run in its virtual machine", c.id)
+			continue
 		}
-		log.L.Errorf("container %s outlives SIGKILL; other containers run in its virtual machine", c.id)
+		c.sandbox.vm.Kill()
+		return
 	}
 }
 

@@ -52,7 +52,8 @@ type host struct {
 	cpus     int
 	memory   uint64 // bytes
 	identify func(pid int) (state.Process, error)
-	// patience is how long a container may outlive SIGKILL.
+	// patience is how long a container may outlive SIGKILL, and how long the
+	// machine may take to open a connection or to change its size.
 	patience time.Duration
 	// volumeDelay is from a change in a volume until the guest is told of it.
 	volumeDelay time.Duration
@@ -238,7 +239,7 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 		return logs.describe(s.bootError(ctx, err))
 	}
 	s.agent = agentclient.New(conn)
-	s.resizer = newResizer(conf, s.host, c.limits, vm.Resize, s.agent.ResizeSandbox)
+	s.resizer = newResizer(conf, s.host, c.limits, s.resizeMachine, s.agent.ResizeSandbox)
 	return nil
 }
 
@@ -397,8 +398,19 @@ func (s *sandbox) watchOOM(handle func(string)) {
 	}
 }
 
+// errHangs is about a VMM that takes a request and does not answer it.
+var errHangs = fmt.Errorf("the virtual machine does not answer: %w", context.DeadlineExceeded)
+
+func (s *sandbox) resizeMachine(ctx context.Context, size control.Size) (control.Size, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, s.host.patience, errHangs)
+	defer cancel()
+	return s.vm.Resize(ctx, size)
+}
+
 // dialStream opens a connection for a stream and names it.
 func (s *sandbox) dialStream(ctx context.Context, id uint64) (*net.UnixConn, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, s.host.patience, errHangs)
+	defer cancel()
 	conn, err := s.vm.Dial(ctx, agentclient.StreamPort)
 	if err != nil {
 		return nil, fmt.Errorf("stream: %w", err)

@@ -292,7 +292,7 @@ func TestHostileAgent(t *testing.T) {
 // machine, unless other containers run in there.
 func TestKillIsEnforced(t *testing.T) {
 	f := newFixture(t)
-	f.host.patience = 20 * time.Millisecond
+	f.host.patience = 200 * time.Millisecond // in which the agent has to answer
 	f.agent.Programs["stubborn"] = func(p *agenttest.Process) uint32 {
 		<-f.machine().done
 		return 0
@@ -304,7 +304,7 @@ func TestKillIsEnforced(t *testing.T) {
 	if err := f.kill("c1", ""); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(5 * f.host.patience)
+	time.Sleep(2 * f.host.patience)
 	if s := f.status("c2", ""); s.Status != tasktypes.Status_RUNNING {
 		t.Errorf("the other container: %v", s)
 	}
@@ -319,6 +319,55 @@ func TestKillIsEnforced(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// Of a guest that does not answer any more all containers can be killed, and
+// it is gone then.
+func TestKillInGuestThatHangs(t *testing.T) {
+	f := newFixture(t)
+	f.host.patience = 20 * time.Millisecond
+	hung := make(chan struct{})
+	f.agent.Intercept = func(string, any) (any, error) {
+		select {
+		case <-hung:
+			<-f.machine().done
+		default:
+		}
+		return nil, nil
+	}
+	for _, id := range []string{"c1", "c2"} {
+		f.create(id, "sleep")
+		f.start(id, "")
+	}
+	close(hung)
+	if err := f.kill("c1", ""); err != nil {
+		t.Errorf("SIGKILL: %v", err)
+	}
+	for _, id := range []string{"c1", "c2"} {
+		if code := f.wait(id, ""); code != 137 {
+			t.Errorf("%s ended with %d", id, code)
+		}
+		if err := f.delete(id, ""); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A VMM that does not answer any more holds up nobody for ever.
+func TestMachineThatHangs(t *testing.T) {
+	f := newFixture(t)
+	f.host.patience = 20 * time.Millisecond
+	f.create("c1", "sleep")
+	f.machine().stuck.Store(true)
+	_, err := f.service.sandbox.dialStream(t.Context(), 1)
+	if err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("stream: %v", err)
+	}
+	_, err = f.service.sandbox.resizeMachine(t.Context(), control.Size{VCPUs: 2})
+	if !errors.Is(err, errHangs) {
+		t.Errorf("resize: %v", err)
+	}
+	f.delete("c1", "")
 }
 
 func TestOOMEvent(t *testing.T) {

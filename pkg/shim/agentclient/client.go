@@ -99,6 +99,9 @@ func intercept(ctx context.Context, request *ttrpc.Request, reply *ttrpc.Respons
 		if errors.Is(err, ttrpc.ErrClosed) {
 			return fmt.Errorf("the connection to the agent is lost: %w", errdefs.ErrUnavailable)
 		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			return fmt.Errorf("the agent in the guest does not answer (%s): %w", request.GetMethod(), err)
+		}
 		return fmt.Errorf("agent: %w", err)
 	}
 	if s := reply.GetStatus(); s.GetCode() != int32(codes.OK) {
