@@ -98,7 +98,7 @@ func TestDeathOfTheMachine(t *testing.T) {
 			if !errdefs.IsFailedPrecondition(err) || strings.ContainsAny(fmt.Sprint(err), "\n\x1b") {
 				t.Errorf("create: %v", err)
 			}
-			if r, err := f.Pids(context.Background(), &taskapi.PidsRequest{ID: "c1"}); err != nil || len(r.Processes) != 0 {
+			if r, err := f.Pids(context.Background(), &taskapi.PidsRequest{ID: "c1"}); err != nil || len(r.Processes) != 1 {
 				t.Errorf("pids %v, %v", r, err)
 			}
 			if err := f.delete("c1", "e1"); err != nil {

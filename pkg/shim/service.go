@@ -166,7 +166,11 @@ func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.Pi
 		return nil, err
 	}
 	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
-		return &taskapi.PidsResponse{}, nil
+		// Until it is deleted, what stands for it on the host is there. A
+		// containerd that was away takes a shim whose task has no processes for
+		// one that nobody knows (core/runtime/v2/shim_load.go), and deletes the
+		// task, with the exit that it has not been told of.
+		return &taskapi.PidsResponse{Processes: []*tasktypes.ProcessInfo{{Pid: c.pid}}}, nil
 	}
 	list, err := c.agent.Processes(ctx, c.id)
 	if err != nil {
