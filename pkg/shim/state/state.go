@@ -216,7 +216,8 @@ func Cgroups(root string) []string {
 // mounted here after all, it has to stay whole.
 func (d Dir) Remove() error {
 	var errs []error
-	for _, path := range []string{d.Shared(), d.record(), d.lock(), d.Path} {
+	// The temporary file is there if the shim was killed while it wrote.
+	for _, path := range []string{d.Shared(), d.record(), temporary(d.record()), d.lock(), d.Path} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
@@ -231,9 +232,11 @@ func (d Dir) Remove() error {
 // WriteFile replaces a file in one step, so that a reader sees the old
 // content or the new one, even if the writer is killed.
 func WriteFile(path string, data []byte) error {
-	temporary := path + ".new"
-	if err := os.WriteFile(temporary, data, 0o600); err != nil {
+	if err := os.WriteFile(temporary(path), data, 0o600); err != nil {
+		os.Remove(temporary(path)) // the disk is full: it is there, and empty
 		return err
 	}
-	return os.Rename(temporary, path)
+	return os.Rename(temporary(path), path)
 }
+
+func temporary(path string) string { return path + ".new" }

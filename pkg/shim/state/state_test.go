@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func dir(t *testing.T) Dir {
@@ -158,6 +160,38 @@ func TestRecord(t *testing.T) {
 }
 
 // What is not ours is not removed.
+// A shim may have been killed while it wrote its record, or found the disk full.
+func TestRemoveWithHalfARecord(t *testing.T) {
+	d := dir(t)
+	held, err := d.Hold(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Release()
+	if err := os.WriteFile(d.record()+".new", []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Remove(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(d.Path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory is left: %v", err)
+	}
+}
+
+func TestWriteFileFails(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.Symlink("/dev/full", path+".new"); err != nil {
+		t.Fatal(err)
+	}
+	if err := WriteFile(path, []byte("x")); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("on a full disk: %v", err)
+	}
+	if _, err := os.Lstat(path + ".new"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("half a file is left: %v", err)
+	}
+}
+
 func TestRemoveKeepsForeignFiles(t *testing.T) {
 	d := dir(t)
 	precious := filepath.Join(d.Shared(), "c1", "rootfs", "precious")
