@@ -101,6 +101,24 @@ GUEST_OF_HANDLER := $(if $(filter runc,$(HANDLER)),,guest)
 e2e-cri: $(GUEST_OF_HANDLER) pod-tools ## black-box tests of pods with crictl and the CRI API: HANDLER (microvm), SANDBOXER (podsandbox)
 	E2E_RUNTIME_HANDLER=$(HANDLER) E2E_SANDBOXER=$(SANDBOXER) hack/e2e.sh '$(RUN)' cri $(if $(GUEST_OF_HANDLER),crivm)
 
+# One test a machine: each takes its time. The lines that say what was seen come last.
+CYCLES ?= 30
+CHAOS = mkdir -p report; rc=0; \
+	E2E_GROUP=1 E2E_REPORT=$(CURDIR)/report E2E_CYCLES=$(CYCLES) E2E_RUNTIME_HANDLER=$(HANDLER) E2E_SANDBOXER=$(SANDBOXER) \
+	hack/e2e.sh '$(RUN)' chaos 2>&1 | tee report/$@.log || rc=$$?; \
+	grep -a '^promise: ' report/$@.log; exit $$rc
+
+.PHONY: chaos
+chaos: $(GUEST_OF_HANDLER) pod-tools ## kill and starve the parts of a pod at each step of its life, one line a promise: HANDLER, SANDBOXER, RUN picks tests
+	@$(CHAOS)
+
+.PHONY: soak
+soak: CYCLES = 1000
+soak: RUN = ^TestSoak$$
+soak: export E2E_LIMIT = 100000
+soak: $(GUEST_OF_HANDLER) pod-tools ## start and remove 1000 pods (CYCLES), with a table and a plot of what that costs in report/: HANDLER, SANDBOXER
+	@$(CHAOS)
+
 .PHONY: critest
 critest: $(GUEST_OF_HANDLER) pod-tools ## CRI's conformance tests: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks specs
 	hack/critest.sh $(HANDLER) $(SANDBOXER) '$(RUN)'

@@ -2,6 +2,8 @@
 # Runs the black-box tests, a few at a time, where the guest kernel boots.
 # usage: hack/e2e.sh [PATTERN [PACKAGE...]]      (default: all tests of the packages task and vm)
 # With E2E_RUNTIME_HANDLER=runc the package cri runs on this host, which checks the tests themselves.
+# E2E_GROUP and E2E_LIMIT are how many tests run in one machine, and for how many seconds at most; what tests write to the
+# directory E2E_REPORT is kept.
 # The exit code is 1 if a test failed, or if more than a quarter of the groups could not be run.
 set -euo pipefail
 # shellcheck source=tools/lib.sh
@@ -10,15 +12,17 @@ set -euo pipefail
 . "$(dirname "$0")/testbed/groups.sh"
 cd "$REPO"
 
-GROUP=5      # tests in one machine
-LIMIT=1500   # seconds for one group
+GROUP=${E2E_GROUP:-5}      # tests in one machine
+LIMIT=${E2E_LIMIT:-1500}   # seconds for one group
+OUT=()
+[ -z "${E2E_REPORT:-}" ] || OUT=(--out "$E2E_REPORT")
 
 # machine COMMAND...: runs it where the runtime under test runs.
 machine() {
 	if [ "${E2E_RUNTIME_HANDLER:-}" = runc ]; then
 		"$@"
 	else
-		"$REPO/hack/testbed/run" --timeout $LIMIT -- "$@"
+		"$REPO/hack/testbed/run" --timeout "$LIMIT" "${OUT[@]}" -- "$@"
 	fi
 }
 

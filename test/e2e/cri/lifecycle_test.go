@@ -363,30 +363,6 @@ func TestStartFails(t *testing.T) {
 	p.Run(t).Get(t, "true")
 }
 
-// containerd may be killed and come back: pods go on, and are what they were.
-func TestContainerdRestartWithPods(t *testing.T) {
-	n := pods.For(t)
-	p := n.Pod(t)
-	running := p.Run(t)
-	ended := p.Run(t, pods.Shell("exit 6"))
-	ended.Wait(t)
-	ip, _ := p.IPs(t)
-	n.KillContainerd(t)
-	n.StartContainerd(t)
-	node.Until(t, "CRI answers", func() bool {
-		_, err := n.CRI.Version(n.Context(t), &cri.VersionRequest{})
-		return err == nil
-	})
-	if s := p.Status(t); s.State != cri.PodSandboxState_SANDBOX_READY || s.Network.Ip != ip {
-		t.Errorf("the pod after the restart: %v", s)
-	}
-	if s := ended.Status(t); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 6 {
-		t.Errorf("the ended container after the restart: %v", s)
-	}
-	running.Exec(t, "echo", "hello").WantOutput(t, "hello\n")
-	p.Run(t).Get(t, "true")
-}
-
 func write(t *testing.T, path, contents string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(contents), 0o644); err != nil {

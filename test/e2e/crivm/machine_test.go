@@ -113,3 +113,18 @@ func TestMachineGrowsAndShrinks(t *testing.T) {
 	n.MustCrictl(t, "update", "--memory", strconv.Itoa(128<<20), "--cpu-quota", "100000", "--cpu-period", "100000", c.ID)
 	node.Until(t, "there is less of both", func() bool { return memTotal(t, c) <= small+64 && c.Get(t, "nproc") == "1" })
 }
+
+// The guest's kernel panics: only a privileged container can do that to its own machine.
+func TestGuestPanics(t *testing.T) {
+	n := pods.For(t)
+	from := n.LogSize()
+	p := n.Pod(t, pods.PrivilegedPod)
+	c := p.Run(t, pods.Shell("sleep 1; echo c >/proc/sysrq-trigger; sleep 1000"), pods.Security(func(s *cri.LinuxContainerSecurityContext) {
+		*s = cri.LinuxContainerSecurityContext{NamespaceOptions: s.NamespaceOptions, Privileged: true}
+	}))
+	if code := c.Wait(t); code == 0 {
+		t.Errorf("exit code %d", code)
+	}
+	node.Until(t, "the pod is not ready", func() bool { return !ready(t, p) })
+	node.Until(t, "containerd's log says why", func() bool { return strings.Contains(n.Log(from), "sysrq triggered crash") })
+}

@@ -1,6 +1,6 @@
 //go:build e2e
 
-// Package crivm tests what only pods in virtual machines do, and how they end when one of their parts does.
+// Package crivm tests what only pods in virtual machines do. How they end when one of their parts does is tested by chaos.
 package crivm
 
 import (

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,8 +20,8 @@ type hostState map[string]int
 
 func (s hostState) add(kind, name string) { s[kind+" "+name]++ }
 
-// host looks at everything: the descendants of the supervisor, and all mounts, cgroups, named sockets, network links, loop
-// devices and state files of the machine.
+// host looks at everything: the descendants of the supervisor and their network namespaces, and all mounts, cgroups, named
+// sockets, network links with their traffic control, loop devices and state files of the machine.
 func (n *Node) host() (hostState, error) {
 	s := hostState{}
 	self := os.Getpid()
@@ -31,6 +30,7 @@ func (n *Node) host() (hostState, error) {
 		if pid != self {
 			s.add("process", process)
 		}
+		s.namespaces(pid)
 	}
 	mounts, err := lines("/proc/self/mountinfo")
 	if err != nil {
@@ -70,12 +70,8 @@ func (n *Node) host() (hostState, error) {
 			s.add("entry", f)
 		}
 	}
-	links, err := net.Interfaces()
-	if err != nil {
+	if err := s.links(); err != nil {
 		return nil, err
-	}
-	for _, l := range links {
-		s.add("link", l.Name)
 	}
 	if n.pods {
 		if err := s.rules(); err != nil {
@@ -142,23 +138,37 @@ func diff(before, after hostState) []string {
 	return out
 }
 
-// sameHost fails the test unless the host comes back to what it was. Removal goes on after ctr has returned, so it
-// looks again until the limit.
+// A Snapshot is what there was on the host at some time.
+type Snapshot struct{ state hostState }
+
+// Snapshot looks at the host as it is now.
+func (n *Node) Snapshot(t *testing.T) Snapshot {
+	t.Helper()
+	state, err := n.host()
+	if err != nil {
+		t.Fatalf("look at the host: %v", err)
+	}
+	return Snapshot{state}
+}
+
+// WantHost fails the test unless the host comes back to what it was, and returns how it has last seen it. Removal goes on after
+// ctr has returned, so it looks again until the limit.
+func (n *Node) WantHost(t *testing.T, before Snapshot) (after Snapshot) {
+	t.Helper()
+	same := Wait(func() bool {
+		after = n.Snapshot(t)
+		return len(diff(before.state, after.state)) == 0
+	})
+	if !same {
+		t.Errorf("the host is not as it was before:\n%s", strings.Join(diff(before.state, after.state), "\n"))
+	}
+	return after
+}
+
+// sameHost is WantHost for the end of a test.
 func (n *Node) sameHost(t *testing.T) {
 	t.Helper()
-	var after hostState
-	same := Wait(func() bool {
-		var err error
-		if after, err = n.host(); err != nil {
-			t.Fatalf("look at the host: %v", err)
-		}
-		return len(diff(n.baseline, after)) == 0
-	})
-	if same {
-		return
-	}
-	t.Errorf("the host is not as it was before the test:\n%s", strings.Join(diff(n.baseline, after), "\n"))
-	n.baseline = after // the next test is not to blame
+	n.baseline = n.WantHost(t, n.baseline) // the next test is not to blame
 }
 
 // Processes returns the command lines, by pid, of everything the tests have started whose program's base name is given.

@@ -42,7 +42,7 @@ type Node struct {
 	mu       sync.Mutex
 	imported map[string]bool
 	ids      int
-	baseline hostState // with nothing but containerd and images
+	baseline Snapshot // with nothing but containerd and images
 }
 
 var shared sharedNode
@@ -156,6 +156,12 @@ func (n *Node) script(verb string) error {
 // KillContainerd ends containerd with SIGKILL and nothing else: its shims and containers live on.
 func (n *Node) KillContainerd(t *testing.T) {
 	t.Helper()
+	Kill(t, n.ContainerdPid(t))
+}
+
+// ContainerdPid is the process id of containerd.
+func (n *Node) ContainerdPid(t *testing.T) int {
+	t.Helper()
 	b, err := os.ReadFile(n.path("containerd.pid"))
 	if err != nil {
 		t.Fatal(err)
@@ -164,7 +170,7 @@ func (n *Node) KillContainerd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	Kill(t, pid)
+	return pid
 }
 
 // StartContainerd starts it again over the same state.
@@ -193,10 +199,7 @@ func (n *Node) Import(t *testing.T, image, snapshotter string) {
 // SetBaseline makes the host as it is now what it has to be at the end of a test.
 func (n *Node) SetBaseline(t *testing.T) {
 	t.Helper()
-	var err error
-	if n.baseline, err = n.host(); err != nil {
-		t.Fatalf("look at the host: %v", err)
-	}
+	n.baseline = n.Snapshot(t)
 }
 
 // Log returns what containerd and its shims have logged since an offset that LogSize gave.

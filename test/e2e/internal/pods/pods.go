@@ -49,7 +49,7 @@ func For(t *testing.T) *Node {
 		shared.prepare(t)
 	}
 	n := shared
-	t.Cleanup(func() { n.collect(t) })
+	t.Cleanup(func() { n.Collect(t) })
 	return n
 }
 
@@ -78,7 +78,7 @@ func (n *Node) prepare(t *testing.T) {
 	p := n.Pod(t, HostPort(cri.Protocol_TCP, 80, 18099), HostPort(cri.Protocol_UDP, 80, 18099))
 	p.Run(t, Command("true"))
 	p.Remove(t)
-	n.collect(t)
+	n.Collect(t)
 	n.SetBaseline(t)
 }
 
@@ -92,9 +92,9 @@ func (n *Node) Provide(t *testing.T, image string) {
 	})
 }
 
-// collect makes containerd collect its garbage, removed containers' snapshots, which it would do some time later: the end of
+// Collect makes containerd collect its garbage, removed containers' snapshots, which it would do some time later: the end of
 // a lease can be waited for with the collection after it.
-func (n *Node) collect(t *testing.T) {
+func (n *Node) Collect(t *testing.T) {
 	t.Helper()
 	ctx := metadata.AppendToOutgoingContext(n.Context(t), "containerd-namespace", node.PodNamespace)
 	client := leases.NewLeasesClient(n.conn)
