@@ -102,7 +102,7 @@ func TestSoak(t *testing.T) {
 func cycle(t *testing.T, n *pods.Node, i int) {
 	t.Helper()
 	p := n.Pod(t)
-	c := p.Run(t, pods.Shell(fmt.Sprintf("echo hello %d; trap 'exit 3' TERM; while :; do sleep 1000 & wait; done", i)))
+	c := p.Run(t, pods.Shell(fmt.Sprintf("trap 'exit 3' TERM; echo hello %d; while :; do sleep 1000 & wait; done", i)))
 	c.Exec(t, "echo", "from exec").WantOutput(t, "from exec\n")
 	node.Until(t, "the log is there", func() bool {
 		data, _ := os.ReadFile(c.Log) // not there before the first line

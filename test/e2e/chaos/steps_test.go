@@ -16,7 +16,7 @@ import (
 )
 
 // The machine, or with runc the shim, is there, and the pod is not yet.
-func booting(t *testing.T, c *case_) string {
+func booting(t *testing.T, c *trial) string {
 	type result struct {
 		pod *pods.Pod
 		err error
@@ -36,7 +36,7 @@ func booting(t *testing.T, c *case_) string {
 	return "RunPodSandbox: " + short(r.err)
 }
 
-func podWithoutContainers(t *testing.T, c *case_) string {
+func podWithoutContainers(t *testing.T, c *trial) string {
 	c.boot(t)
 	c.kill(t)
 	if c.podFate == dies {
@@ -48,7 +48,7 @@ func podWithoutContainers(t *testing.T, c *case_) string {
 	return "no call"
 }
 
-func starting(t *testing.T, c *case_) string {
+func starting(t *testing.T, c *trial) string {
 	c.boot(t)
 	c.container = c.pod.Create(t, pods.Shell(counter))
 	err := c.during(t, func() error { return c.container.TryStart(t) })
@@ -58,7 +58,7 @@ func starting(t *testing.T, c *case_) string {
 	return "StartContainer: " + short(err)
 }
 
-func running(t *testing.T, c *case_) string {
+func running(t *testing.T, c *trial) string {
 	c.boot(t)
 	c.container = c.pod.Run(t, pods.Shell(counter))
 	waitLog(t, c.container, "3")
@@ -71,7 +71,7 @@ func running(t *testing.T, c *case_) string {
 	return fmt.Sprintf("output to line %s", lastLine(t, c.container))
 }
 
-func execing(t *testing.T, c *case_) string {
+func execing(t *testing.T, c *trial) string {
 	c.boot(t)
 	c.container = c.pod.Run(t, pods.Shell(counter))
 	done := make(chan string, 1)
@@ -92,7 +92,7 @@ func execing(t *testing.T, c *case_) string {
 	return "ExecSync: " + <-done
 }
 
-func stopping(t *testing.T, c *case_) string {
+func stopping(t *testing.T, c *trial) string {
 	c.boot(t)
 	c.container = c.pod.Run(t, pods.Shell("trap 'echo TERM' TERM; "+counter))
 	waitLog(t, c.container, "1")
@@ -106,16 +106,17 @@ func stopping(t *testing.T, c *case_) string {
 	return "StopContainer: " + short(<-done)
 }
 
-func stopped(t *testing.T, c *case_) string {
+func stopped(t *testing.T, c *trial) string {
 	c.boot(t)
-	c.container = c.pod.Run(t)
+	c.container = c.pod.Run(t, pods.Shell("trap 'exit 0' TERM; "+counter))
+	waitLog(t, c.container, "1") // without its trap it would ignore the signal
 	c.container.Stop(t, 1000)
 	c.ended, c.containerFate = true, dies
 	c.kill(t)
 	return "no call"
 }
 
-func deleting(t *testing.T, c *case_) string {
+func deleting(t *testing.T, c *trial) string {
 	c.boot(t)
 	err := c.during(t, func() error {
 		_, err := c.node.CRI.StopPodSandbox(c.node.Context(t), &cri.StopPodSandboxRequest{PodSandboxId: c.pod.ID})

@@ -34,10 +34,10 @@ const (
 	killEverything
 )
 
-// A step of a pod's life brings a case there, has the victim killed, and returns how the call ended that was in progress.
+// A step of a pod's life brings a trial there, has the victim killed, and returns how the call ended that was in progress.
 type step struct {
 	name    string
-	run     func(t *testing.T, c *case_) string
+	run     func(t *testing.T, c *trial) string
 	victims []victim
 }
 
@@ -69,7 +69,7 @@ func killAtEachStep(t *testing.T, v victim) {
 			continue
 		}
 		t.Run(s.name, func(t *testing.T) {
-			c := &case_{node: n, victim: v, before: parts(n), config: n.PodConfig(t)}
+			c := &trial{node: n, victim: v, before: parts(n), config: n.PodConfig(t)}
 			if v == crashAgent {
 				c.lever = newLever(t)
 				c.config = n.PodConfig(t, pods.PrivilegedPod)
@@ -99,8 +99,8 @@ func killAtEachStep(t *testing.T, v victim) {
 	}
 }
 
-// case_ is one row of the table.
-type case_ struct {
+// A trial is one row of the table.
+type trial struct {
 	node   *pods.Node
 	victim victim
 	before sandboxParts
@@ -125,7 +125,7 @@ const (
 func (f fate) String() string { return [...]string{"ends", "lives", "lives or ends"}[f] }
 
 // boot makes the pod, with the lever that the agent is to be crashed by.
-func (c *case_) boot(t *testing.T) {
+func (c *trial) boot(t *testing.T) {
 	t.Helper()
 	p, err := c.node.TryPod(t, c.config)
 	if err != nil {
@@ -137,10 +137,10 @@ func (c *case_) boot(t *testing.T) {
 	}
 }
 
-func (c *case_) parts() sandboxParts { return parts(c.node).without(c.before) }
+func (c *trial) parts() sandboxParts { return parts(c.node).without(c.before) }
 
 // kill ends the victim. containerd is started again.
-func (c *case_) kill(t *testing.T) {
+func (c *trial) kill(t *testing.T) {
 	t.Helper()
 	switch c.victim {
 	case killShim:
@@ -171,7 +171,7 @@ func (c *case_) kill(t *testing.T) {
 }
 
 // during makes a call, holds it up where the victim allows that, and kills the victim meanwhile. It returns how the call ended.
-func (c *case_) during(t *testing.T, call func() error) error {
+func (c *trial) during(t *testing.T, call func() error) error {
 	t.Helper()
 	c.hold(t)
 	result := make(chan error, 1)
@@ -184,7 +184,7 @@ func (c *case_) during(t *testing.T, call func() error) error {
 }
 
 // hold stops what would answer: the guest for the shim and for itself, the shim for containerd.
-func (c *case_) hold(t *testing.T) {
+func (c *trial) hold(t *testing.T) {
 	t.Helper()
 	switch p := c.parts(); c.victim {
 	case killShim:
@@ -200,7 +200,7 @@ func (c *case_) hold(t *testing.T) {
 	}
 }
 
-func (c *case_) letGo(t *testing.T) {
+func (c *trial) letGo(t *testing.T) {
 	t.Helper()
 	for pid := range c.parts().shims {
 		signalTo(t, pid, sigcont)
@@ -208,7 +208,7 @@ func (c *case_) letGo(t *testing.T) {
 }
 
 // truth fails the test unless CRI, crictl and ctr say what has become of the pod, and returns that.
-func (c *case_) truth(t *testing.T) string {
+func (c *trial) truth(t *testing.T) string {
 	t.Helper()
 	if c.pod == nil {
 		return "no pod"
@@ -266,7 +266,7 @@ func line(text, word string) string {
 }
 
 // again makes the same pod once more.
-func (c *case_) again(t *testing.T) {
+func (c *trial) again(t *testing.T) {
 	t.Helper()
 	p, err := c.node.TryPod(t, c.config)
 	if err != nil {

@@ -18,7 +18,7 @@ import (
 )
 
 // Between Create and Start of a task there is a step that neither CRI nor ctr stop at, so it is containerd's API's.
-func taskCreated(t *testing.T, c *case_) string {
+func taskCreated(t *testing.T, c *trial) string {
 	n := c.node
 	c.config = nil
 	id := n.ID(t)
