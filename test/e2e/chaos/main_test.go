@@ -28,15 +28,15 @@ func promise(t *testing.T, seen ...string) {
 	fmt.Printf("promise: %s: %s: %s\n", strings.TrimPrefix(t.Name(), "Test"), result, strings.Join(seen, "; "))
 }
 
-// short is an error as a line of a report.
+// short is an error as a line of a report: its end says why.
 func short(err error) string {
-	const most = 300
+	const head, tail = 60, 240
 	if err == nil {
 		return "success"
 	}
 	s := strings.Join(strings.Fields(err.Error()), " ")
-	if len(s) > most {
-		s = s[:most] + "..."
+	if len(s) > head+tail {
+		s = s[:head] + "..." + s[len(s)-tail:]
 	}
 	return fmt.Sprintf("%q", s)
 }
