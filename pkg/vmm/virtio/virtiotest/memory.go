@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
 )
 
@@ -34,7 +36,33 @@ func NewMemory(t testing.TB, start memory.GuestAddress, size int) *Memory {
 	if m := misalignment(raw, pageSize); m != 0 {
 		raw = raw[pageSize-m:]
 	}
-	m := &Memory{Guest: new(memory.Memory), Start: start, Bytes: raw[:size:size], free: []extent{{0, uint64(size)}}}
+	return newMemory(t, start, raw[:size:size])
+}
+
+// NewMappedMemory is NewMemory with pages of the kernel's, which the race
+// detector does not look at, between pages that nobody may touch. It is gone
+// when the test ends: whoever still uses it then crashes.
+func NewMappedMemory(t testing.TB, start memory.GuestAddress, size int) *Memory {
+	t.Helper()
+	all, err := unix.Mmap(-1, 0, size+2*pageSize, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Munmap(all); err != nil {
+			t.Error(err)
+		}
+	})
+	inside := all[pageSize : pageSize+size : pageSize+size]
+	if err := unix.Mprotect(inside, unix.PROT_READ|unix.PROT_WRITE); err != nil {
+		t.Fatal(err)
+	}
+	return newMemory(t, start, inside)
+}
+
+func newMemory(t testing.TB, start memory.GuestAddress, b []byte) *Memory {
+	t.Helper()
+	m := &Memory{Guest: new(memory.Memory), Start: start, Bytes: b, free: []extent{{0, uint64(len(b))}}}
 	if err := m.Guest.Add(memory.Region{Start: start, Bytes: m.Bytes}); err != nil {
 		t.Fatal(err)
 	}
