@@ -29,6 +29,12 @@ func newOutside(t testing.TB) outside {
 // check fails the test if the directory is not as it was.
 func (o outside) check(t testing.TB) {
 	t.Helper()
+	o.checkBeside(t)
+}
+
+// checkBeside is check for a directory in which there is more.
+func (o outside) checkBeside(t testing.TB, more ...string) {
+	t.Helper()
 	got, err := os.ReadFile(filepath.Join(o.dir, "secret"))
 	if err != nil || string(got) != "secret" {
 		t.Fatalf("the secret is %q, %v", got, err)
@@ -38,7 +44,7 @@ func (o outside) check(t testing.TB) {
 	if st.Nlink != 1 || st.Uid != 0 || st.Mode != unix.S_IFREG|0o644 || st.Ino != o.ino {
 		t.Fatalf("the secret has changed: %+v", st)
 	}
-	if list, err := os.ReadDir(o.dir); err != nil || len(list) != 1 {
+	if list, err := os.ReadDir(o.dir); err != nil || len(list) != 1+len(more) {
 		t.Fatalf("beside the secret: %v, %v", list, err)
 	}
 }
