@@ -1,16 +1,20 @@
 package main
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
+	"github.com/microvm-runtime/microvm/pkg/vmm/seccomp"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/balloon"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/console"
@@ -90,5 +94,40 @@ func TestDevicesOnVCPUThread(t *testing.T) {
 	}()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestSocketsStayNonBlocking: a VMM that its guest has taken over must not make the
+// shim's ends of streams block, see vmm.Syscalls.
+func TestSocketsStayNonBlocking(t *testing.T) {
+	const child = "MICROVM_TEST_NONBLOCK"
+	const allowed = "it may be set"
+	filters := map[string]func() (seccomp.Filter, error){"process": processFilter, "vCPU": vcpuFilter}
+	if name := os.Getenv(child); name != "" {
+		runtime.LockOSThread()
+		filter, err := filters[name]()
+		if err == nil {
+			err = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+		}
+		if err == nil {
+			err = filter.Install()
+		}
+		if err == nil {
+			_, err = unix.FcntlInt(0, unix.F_SETFL, unix.O_NONBLOCK|unix.O_APPEND)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Println(allowed)
+		unix.FcntlInt(0, unix.F_SETFL, unix.O_APPEND)
+		return
+	}
+	for name := range filters {
+		cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), child+"="+name)
+		out, err := cmd.CombinedOutput()
+		if cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != unix.SIGSYS || !strings.HasPrefix(string(out), allowed) {
+			t.Errorf("%s: %v: %s", name, err, out)
+		}
 	}
 }

@@ -29,10 +29,16 @@ func Syscalls() []seccomp.Rule {
 // Go's poller waits for.
 func eventSyscalls() []seccomp.Rule {
 	rules := seccomp.Calls(unix.SYS_EVENTFD2, unix.SYS_EPOLL_CTL)
-	for _, command := range []uint32{unix.F_GETFL, unix.F_SETFL} {
-		rules = append(rules, seccomp.Rule{Call: unix.SYS_FCNTL, Args: []seccomp.Arg{seccomp.Int(1, command)}})
-	}
-	return rules
+	return append(rules,
+		seccomp.Rule{Call: unix.SYS_FCNTL, Args: []seccomp.Arg{seccomp.Int(1, unix.F_GETFL)}},
+		// What is non-blocking stays so. The shim shares the flags of the sockets
+		// that it is given: it would hang in a read, or in a close, of one that
+		// blocks, and if it was given the other end too, the end of this process
+		// would not help.
+		seccomp.Rule{Call: unix.SYS_FCNTL, Args: []seccomp.Arg{
+			seccomp.Int(1, unix.F_SETFL), {Index: 2, Mask: unix.O_NONBLOCK, Value: unix.O_NONBLOCK},
+		}},
+	)
 }
 
 // VCPUSyscalls is what a vCPU's own thread calls, apart from what Go's runtime does
