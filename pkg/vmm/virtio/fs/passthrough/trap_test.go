@@ -2,6 +2,7 @@ package passthrough
 
 import (
 	"encoding/binary"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -19,55 +20,119 @@ import (
 //	share/link, up, relative  symbolic links out
 //	share/fd                  bind mount of /proc/PID/fd, which is full of magic links
 //	share/swap, swapped       a directory and a link out, which the host exchanges
+//
+// The directories, mounts and watches are made once for all: to unmount is slow.
 type trap struct {
 	*share
-	t         testing.TB
+	t testing.TB
+	*trapTree
+}
+
+type trapTree struct {
+	dir       string
 	outside   outside
-	watch     int
+	exported  string
+	watch     int                 // inotify
 	forbidden map[inodeKey]string // without a mount
 }
 
+var theTrapTree *trapTree
+
+// newTrap makes the tree what it was, and a server for it.
 func newTrap(t testing.TB) *trap {
-	o := newOutside(t)
-	exported := filepath.Join(o.dir, "exported")
-	must(t, os.Mkdir(exported, 0o755))
-	writeFile(t, filepath.Join(exported, "inner"), "inner")
-	dir := tempDir(t)
-	path := func(name string) string { return filepath.Join(dir, name) }
-	writeFile(t, path("file"), "contents")
-	rel, err := filepath.Rel(dir, o.dir)
-	must(t, err)
-	for _, name := range []string{"dir", "bind", "fd", "swap"} {
-		must(t, os.Mkdir(path(name), 0o755))
+	t.Helper()
+	if theTrapTree == nil {
+		theTrapTree = newTrapTree(t)
 	}
-	for name, target := range map[string]string{"link": o.dir, "up": "..", "relative": rel, "swapped": o.dir} {
-		must(t, os.Symlink(target, path(name)))
-	}
-	must(t, unix.Mkfifo(path("fifo"), 0o666))
-	for name, source := range map[string]string{"bind": exported, "fd": "/proc/" + strconv.Itoa(os.Getpid()) + "/fd"} {
-		must(t, unix.Mount(source, path(name), "", unix.MS_BIND, ""))
-		t.Cleanup(func() { must(t, unix.Unmount(path(name), unix.MNT_DETACH)) })
-	}
-	tr := &trap{share: newShareOf(t, dir, few), t: t, outside: o, forbidden: map[inodeKey]string{}}
-	for _, p := range []string{o.dir, filepath.Join(o.dir, "secret"), scratch, "/", "/proc/self", "/proc"} {
-		tr.forbidden[tr.keyOf(p)] = p
-	}
-	// An O_PATH descriptor tells no watch of itself; those are looked for in the
-	// server's tables.
-	tr.watch, err = unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
-	must(t, err)
-	t.Cleanup(func() { closeFD(tr.watch) })
-	for _, p := range []string{o.dir, filepath.Join(o.dir, "secret")} {
-		_, err := unix.InotifyAddWatch(tr.watch, p, unix.IN_ALL_EVENTS)
-		must(t, err)
-	}
+	theTrapTree.fill(t)
+	tr := &trap{share: newShareOf(t, theTrapTree.dir, few), t: t, trapTree: theTrapTree}
+	tr.events() // of our own
 	return tr
 }
 
-func (tr *trap) keyOf(path string) inodeKey {
-	var st unix.Statx_t
-	must(tr.t, unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_BASIC_STATS, &st))
-	return inodeKey{dev: unix.Mkdev(st.Dev_major, st.Dev_minor), ino: st.Ino}
+func newTrapTree(t testing.TB) *trapTree {
+	make1 := func() string {
+		dir, err := os.MkdirTemp(scratch, "trap")
+		must(t, err)
+		must(t, os.Chmod(dir, 0o755))
+		return dir
+	}
+	tree := &trapTree{dir: make1(), outside: outside{dir: make1()}, forbidden: map[inodeKey]string{}}
+	tree.exported = filepath.Join(tree.outside.dir, "exported")
+	secret := filepath.Join(tree.outside.dir, "secret")
+	writeFile(t, secret, "secret")
+	must(t, os.Mkdir(tree.exported, 0o755))
+	for name, source := range map[string]string{"bind": tree.exported, "fd": "/proc/" + strconv.Itoa(os.Getpid()) + "/fd"} {
+		must(t, os.Mkdir(filepath.Join(tree.dir, name), 0o755))
+		must(t, unix.Mount(source, filepath.Join(tree.dir, name), "", unix.MS_BIND, ""))
+	}
+	for _, path := range []string{tree.outside.dir, secret, scratch, "/", "/proc/self", "/proc"} {
+		var st unix.Statx_t
+		must(t, unix.Statx(unix.AT_FDCWD, path, 0, unix.STATX_BASIC_STATS, &st))
+		tree.forbidden[inodeKey{dev: unix.Mkdev(st.Dev_major, st.Dev_minor), ino: st.Ino}] = path
+		if path == secret {
+			tree.outside.ino = st.Ino
+		}
+	}
+	// An O_PATH descriptor tells no watch of itself; those are looked for in the
+	// server's tables.
+	var err error
+	tree.watch, err = unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	must(t, err)
+	for _, path := range []string{tree.outside.dir, secret} {
+		_, err := unix.InotifyAddWatch(tree.watch, path, unix.IN_ALL_EVENTS)
+		must(t, err)
+	}
+	return tree
+}
+
+// fill makes everything anew but what is mounted.
+func (tree *trapTree) fill(t testing.TB) {
+	for _, dir := range []string{tree.dir, tree.exported} {
+		entries, err := os.ReadDir(dir)
+		must(t, err)
+		for _, e := range entries {
+			if dir == tree.exported || e.Name() != "bind" && e.Name() != "fd" {
+				must(t, os.RemoveAll(filepath.Join(dir, e.Name())))
+			}
+		}
+		must(t, os.Chown(dir, 0, 0))
+		must(t, os.Chmod(dir, 0o755))
+	}
+	path := func(name string) string { return filepath.Join(tree.dir, name) }
+	writeFile(t, filepath.Join(tree.exported, "inner"), "inner")
+	writeFile(t, path("file"), "contents")
+	rel, err := filepath.Rel(tree.dir, tree.outside.dir)
+	must(t, err)
+	for _, name := range []string{"dir", "swap"} {
+		must(t, os.Mkdir(path(name), 0o755))
+	}
+	for name, target := range map[string]string{"link": tree.outside.dir, "up": "..", "relative": rel, "swapped": tree.outside.dir} {
+		must(t, os.Symlink(target, path(name)))
+	}
+	must(t, unix.Mkfifo(path("fifo"), 0o666))
+}
+
+// events are those outside of the share since they were last asked for; the guest
+// may well use what is mounted from there.
+func (tr *trap) events() (list []string) {
+	tr.t.Helper()
+	buffer := make([]byte, 16<<10)
+	for {
+		n, err := unix.Read(tr.watch, buffer)
+		if err == unix.EAGAIN {
+			return list
+		}
+		must(tr.t, err)
+		for b := buffer[:n]; len(b) > 0; {
+			length := int(binary.NativeEndian.Uint32(b[12:]))
+			name := unix.ByteSliceToString(b[unix.SizeofInotifyEvent:][:length])
+			if name != "exported" {
+				list = append(list, fmt.Sprintf("event %#x of %q", binary.NativeEndian.Uint32(b[4:]), name))
+			}
+			b = b[unix.SizeofInotifyEvent+length:]
+		}
+	}
 }
 
 // swap has the host exchange a directory for a link out of the share.
@@ -92,27 +157,8 @@ func (tr *trap) look() {
 func (tr *trap) check() {
 	tr.t.Helper()
 	tr.look()
-	events := make([]byte, 4096)
-	if n, err := unix.Read(tr.watch, events); err != unix.EAGAIN {
-		for b := events[:max(n, 0)]; len(b) >= unix.SizeofInotifyEvent; {
-			name := int(binary.NativeEndian.Uint32(b[12:]))
-			mask := binary.NativeEndian.Uint32(b[4:])
-			who := string(b[unix.SizeofInotifyEvent:][:name])
-			// The guest may well use what is mounted from there.
-			if trimNUL(who) != "exported" {
-				tr.t.Fatalf("outside of the share: event %#x of %q (%v)", mask, trimNUL(who), err)
-			}
-			b = b[unix.SizeofInotifyEvent+name:]
-		}
+	if events := tr.events(); len(events) > 0 {
+		tr.t.Fatalf("outside of the share: %v", events)
 	}
 	tr.outside.checkBeside(tr.t, "exported")
-}
-
-func trimNUL(s string) string {
-	for i := range len(s) {
-		if s[i] == 0 {
-			return s[:i]
-		}
-	}
-	return s
 }
