@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/shim/printable"
 	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
@@ -119,7 +120,7 @@ func Launch(ctx context.Context, o Options) (*VMM, error) {
 			roles, files = append(roles, FileTap(i, pair)), append(files, tap)
 		}
 	}
-	if _, err := v.call(ctx, methodBoot, bootBody{Config: o.Config, Files: roles}, files...); err != nil {
+	if _, err := v.order(ctx, methodBoot, bootBody{Config: o.Config, Files: roles}, files...); err != nil {
 		v.Kill()
 		<-v.done
 		return nil, fmt.Errorf("boot: %w", err)
@@ -221,8 +222,13 @@ func (v *VMM) readLoop() {
 	v.pending = nil
 }
 
-// maxPhases bounds what is kept of phase messages.
-const maxPhases = 32
+// Bounds of what the VMM says of itself: a guest that has taken it over would
+// otherwise fill logs, or put lines of its own into them.
+const (
+	maxPhases = 32
+	maxWord   = 64 // bytes, of a name
+	maxText   = 4096
+)
 
 // dispatch says whether the files found an owner.
 func (v *VMM) dispatch(m message, files []*os.File) bool {
@@ -243,12 +249,13 @@ func (v *VMM) dispatch(m message, files []*os.File) bool {
 	case notePhase:
 		var p Phase
 		if json.Unmarshal(m.Body, &p) == nil && len(v.phases) < maxPhases {
+			p.Name = printable.String(p.Name, maxWord)
 			v.phases = append(v.phases, p)
 		}
 	case noteExit:
 		var e Exit
 		if json.Unmarshal(m.Body, &e) == nil {
-			v.exit = &e
+			v.exit = &Exit{Reason: printable.String(e.Reason, maxWord), Detail: printable.String(e.Detail, maxText)}
 		}
 	}
 	return false
@@ -316,13 +323,21 @@ func (v *VMM) call(ctx context.Context, method string, body any, files ...*os.Fi
 		}
 		if r.Error != "" {
 			closeAll(r.files)
-			return reply{}, errors.New(r.Error)
+			return reply{}, errors.New(printable.String(r.Error, maxText))
 		}
 		return r, nil
 	case <-ctx.Done():
 		v.abandon(id, ch)
 		return reply{}, fmt.Errorf("VMM request %s: %w", method, context.Cause(ctx))
 	}
+}
+
+// order is call for requests whose answers come without files: a VMM that sends
+// some all the same fills nobody's descriptor table.
+func (v *VMM) order(ctx context.Context, method string, body any, files ...*os.File) (json.RawMessage, error) {
+	r, err := v.call(ctx, method, body, files...)
+	closeAll(r.files)
+	return r.Body, err
 }
 
 // abandon forgets a request whose reply may still come.
@@ -379,13 +394,13 @@ func (v *VMM) Accept(ctx context.Context, port uint32) (*net.UnixConn, error) {
 
 // Pause stops the vCPUs; Resume lets them go on.
 func (v *VMM) Pause(ctx context.Context) error {
-	_, err := v.call(ctx, methodPause, nil)
+	_, err := v.order(ctx, methodPause, nil)
 	return err
 }
 
 // Resume undoes Pause.
 func (v *VMM) Resume(ctx context.Context) error {
-	_, err := v.call(ctx, methodResume, nil)
+	_, err := v.order(ctx, methodResume, nil)
 	return err
 }
 
@@ -415,16 +430,15 @@ func (v *VMM) AttachDisk(ctx context.Context, disk Disk, file *os.File) (string,
 }
 
 func (v *VMM) attach(ctx context.Context, body attachBody, files ...*os.File) (string, error) {
-	r, err := v.call(ctx, methodAttach, body, files...)
+	answer, err := v.order(ctx, methodAttach, body, files...)
 	if err != nil {
 		return "", err
 	}
-	closeAll(r.files)
 	var at addressBody
-	if err := json.Unmarshal(r.Body, &at); err != nil {
+	if err := json.Unmarshal(answer, &at); err != nil {
 		return "", fmt.Errorf("the VMM's answer: %w", err)
 	}
-	return at.Address, nil
+	return printable.String(at.Address, maxWord), nil
 }
 
 // Detach takes a NIC or a disk, attached or there from the start, off the bus by
@@ -432,23 +446,20 @@ func (v *VMM) attach(ctx context.Context, body attachBody, files ...*os.File) (s
 // function's "remove" in sysfs: to one that has not the device is broken. When
 // Detach returns without an error the VMM has closed the device's files.
 func (v *VMM) Detach(ctx context.Context, address string) error {
-	r, err := v.call(ctx, methodDetach, addressBody{Address: address})
-	if err != nil {
+	if _, err := v.order(ctx, methodDetach, addressBody{Address: address}); err != nil {
 		return fmt.Errorf("detach %s: %w", address, err)
 	}
-	closeAll(r.files)
 	return nil
 }
 
 // Stats asks the VMM for its counters.
 func (v *VMM) Stats(ctx context.Context) (Stats, error) {
-	r, err := v.call(ctx, methodStats, nil)
+	answer, err := v.order(ctx, methodStats, nil)
 	if err != nil {
 		return Stats{}, err
 	}
-	closeAll(r.files)
 	var s Stats
-	if err := json.Unmarshal(r.Body, &s); err != nil {
+	if err := json.Unmarshal(answer, &s); err != nil {
 		return Stats{}, fmt.Errorf("VMM stats: %w", err)
 	}
 	return s, nil
@@ -457,7 +468,7 @@ func (v *VMM) Stats(ctx context.Context) (Stats, error) {
 // Stop ends the machine from outside, as Kill does, but has the VMM say where
 // the vCPUs were: Exit has it in its detail. A VMM that hangs does not answer.
 func (v *VMM) Stop(ctx context.Context) error {
-	_, err := v.call(ctx, methodStop, nil)
+	_, err := v.order(ctx, methodStop, nil)
 	return err
 }
 

@@ -21,13 +21,12 @@ type Size struct {
 // to plug or unplug memory until it has size.MemoryBytes. The guest takes its
 // time, and may do less: the answer is what there is now.
 func (v *VMM) Resize(ctx context.Context, size Size) (Size, error) {
-	r, err := v.call(ctx, methodResize, size)
+	answer, err := v.order(ctx, methodResize, size)
 	if err != nil {
 		return Size{}, fmt.Errorf("resize the machine: %w", err)
 	}
-	closeAll(r.files)
 	var now Size
-	if err := json.Unmarshal(r.Body, &now); err != nil {
+	if err := json.Unmarshal(answer, &now); err != nil {
 		return Size{}, fmt.Errorf("resize the machine: %w", err)
 	}
 	return now, nil

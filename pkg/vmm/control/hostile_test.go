@@ -1,0 +1,223 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// hostileVMM is the shim's end of a VMM that a guest has taken over, and that
+// VMM's end of the socket.
+func hostileVMM(t testing.TB) (v *VMM, theirs *conn, read *sync.WaitGroup) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]*conn
+	for i, fd := range fds {
+		if ends[i], err = newConn(os.NewFile(uintptr(fd), "control")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v = &VMM{
+		conn:    ends[0],
+		accept:  map[uint32]chan *net.UnixConn{1024: make(chan *net.UnixConn, acceptBacklog)},
+		pending: map[uint64]chan reply{},
+		done:    make(chan struct{}),
+	}
+	read = new(sync.WaitGroup)
+	read.Go(v.readLoop)
+	return v, ends[1], read
+}
+
+func descriptors(t testing.TB) int {
+	t.Helper()
+	names, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
+}
+
+// callAll makes every request that there is.
+func callAll(ctx context.Context, v *VMM, file *os.File) *sync.WaitGroup {
+	var calls sync.WaitGroup
+	for _, call := range []func(){
+		func() {
+			if c, err := v.Dial(ctx, 1025); err == nil {
+				c.Close()
+			}
+		},
+		func() { v.Pause(ctx) },
+		func() { v.Resume(ctx) },
+		func() { v.Stats(ctx) },
+		func() { v.Stop(ctx) },
+		func() { v.AttachDisk(ctx, Disk{}, file) },
+		func() { v.AttachNIC(ctx, NIC{QueuePairs: 1}, []*os.File{file}) },
+		func() { v.Detach(ctx, "0000:00:07.0") },
+		func() { v.Resize(ctx, Size{}) },
+	} {
+		calls.Go(call)
+	}
+	return &calls
+}
+
+// FuzzVMM lets a VMM say what it likes, with descriptors, in the middle of
+// requests. The shim's end neither panics nor hangs nor keeps a descriptor, and
+// what it repeats is short and printable.
+func FuzzVMM(f *testing.F) {
+	packet := func(files byte, text string) []byte {
+		return append([]byte{files, byte(len(text) >> 8), byte(len(text))}, text...)
+	}
+	join := func(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
+	f.Add(join(packet(0, `{"id":1}`), packet(1, `{"id":2}`), packet(3, `{"id":3}`), packet(1, `{"id":4}`), packet(2, `{"id":5}`),
+		packet(1, `{"id":6}`), packet(1, `{"id":7}`), packet(1, `{"id":8}`), packet(1, `{"id":9}`)))
+	f.Add(join(packet(1, `{"id":1,"error":"no\nsuch\u001b"}`), packet(1, `{"id":1,"error":"again"}`)))
+	f.Add(join(packet(1, `{"method":"accepted","body":{"port":1024}}`), packet(2, `{"method":"accepted","body":{"port":1024}}`), packet(1, `{"method":"accepted","body":{"port":7}}`)))
+	f.Add(join(packet(7, `{"method":"phase","body":{"name":"x\u0000"}}`), packet(0, `{"method":"exit","body":{"reason":"a\nb","detail":"\u001b[2J"}}`)))
+	f.Add(join(packet(1, `{"id":6,"body":{"address":"../../x\n"}}`), packet(0, `{"id":9,"body":{"vcpus":-1}}`), packet(0, `{"id":4,"body":{"nics":{"":{}}}}`)))
+	f.Add(join(packet(4, `{`), packet(0, `[]`), packet(0, ``)))
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, script []byte) {
+		before := descriptors(t)
+		v, theirs, read := hostileVMM(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		calls := callAll(ctx, v, null)
+		go func() { // the VMM takes what it is sent, and keeps nothing
+			buf, oob := scratch()
+			for {
+				_, files, err := theirs.receive(buf, oob)
+				closeAll(files)
+				if err != nil {
+					return
+				}
+			}
+		}()
+		for range 50 {
+			if len(script) < 3 {
+				break
+			}
+			n, length := int(script[0]%8), int(script[1])<<8|int(script[2])
+			text := script[3:min(len(script), 3+length)]
+			script = script[3+len(text):]
+			var rights []byte
+			var ours []int
+			for range n {
+				a, b, err := Socketpair()
+				if err != nil {
+					t.Fatal(err)
+				}
+				a.Close()
+				fd, err := unix.Dup(int(b.Fd()))
+				if err != nil {
+					t.Fatal(err)
+				}
+				b.Close()
+				ours = append(ours, fd)
+			}
+			if n > 0 {
+				rights = unix.UnixRights(ours...)
+			}
+			_, _, err := theirs.unix.WriteMsgUnix(text, rights, nil)
+			for _, fd := range ours {
+				unix.Close(fd)
+			}
+			if err != nil {
+				break // the shim has had enough
+			}
+		}
+		theirs.unix.CloseWrite()
+		read.Wait()
+		cancel()
+		calls.Wait()
+		for len(v.accept[1024]) > 0 {
+			(<-v.accept[1024]).Close()
+		}
+		v.conn.unix.Close()
+		theirs.unix.Close()
+		if n := descriptors(t); n > before {
+			t.Errorf("%d descriptors, there were %d", n, before)
+		}
+		if v.exit != nil && (len(v.exit.String()) > maxText+maxWord+10 || strings.ContainsAny(v.exit.String(), "\n\x1b\x00")) {
+			t.Errorf("exit %q", v.exit.String())
+		}
+		for _, p := range v.phases {
+			if len(p.Name) > maxWord+3 || strings.ContainsAny(p.Name, "\n\x1b\x00") {
+				t.Errorf("phase %q", p.Name)
+			}
+		}
+	})
+}
+
+// TestHostileVMM has a VMM flood the shim with whatever the protocol has, while
+// requests of the shim's are answered wrongly, late, twice, or not at all.
+func TestHostileVMM(t *testing.T) {
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	before := descriptors(t)
+	v, theirs, read := hostileVMM(t)
+	a, b, err := Socketpair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("line\n\x1b[2J", 4000)
+	ctx, cancel := context.WithCancel(t.Context())
+	calls := callAll(ctx, v, null)
+	for round := range 200 {
+		for _, m := range []message{
+			{Method: noteAccepted, Body: json.RawMessage(`{"port":1024}`)},
+			{Method: noteAccepted, Body: json.RawMessage(`{"port":1}`)},
+			{Method: notePhase, Body: json.RawMessage(fmt.Sprintf(`{"name":%q}`, "phase"))},
+			{Method: "made-up"},
+			{ID: uint64(1000 - round), Error: long}, // of no request, in any order
+			{ID: uint64(round%9 + 1), Error: long},  // of a request, and again
+		} {
+			if err := theirs.send(m, nil, a, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	// It is asked for more than it answers.
+	_, err = v.Stats(func() context.Context { c, cancel := context.WithCancel(ctx); cancel(); return c }())
+	if err == nil {
+		t.Error("an answer that there was not")
+	}
+	a.Close()
+	b.Close()
+	theirs.send(message{ID: 1 << 40}, nil)
+	if n := len(v.accept[1024]); n > acceptBacklog {
+		t.Errorf("%d connections wait", n)
+	}
+	cancel()
+	calls.Wait()
+	v.mu.Lock()
+	pending, phases := len(v.pending), len(v.phases)
+	v.mu.Unlock()
+	if pending != 0 || phases > maxPhases {
+		t.Errorf("%d requests and %d phases are kept", pending, phases)
+	}
+	theirs.unix.Close()
+	read.Wait()
+	for len(v.accept[1024]) > 0 {
+		(<-v.accept[1024]).Close()
+	}
+	v.conn.unix.Close()
+	if n := descriptors(t); n > before {
+		t.Errorf("%d descriptors, there were %d", n, before)
+	}
+}
