@@ -1,8 +1,10 @@
 package fs
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -48,13 +50,15 @@ func hostileRequest(queue int, op fuse.Opcode, node uint64, room int, args ...an
 	return virtiotest.HostileRequest{Queue: queue, Readable: append(header, body...), Room: fuse.OutHeaderSize + room}
 }
 
+func newSmallDevice(t testing.TB, root *os.File, log *slog.Logger) virtio.Device {
+	return newDevice(t, Config{
+		Root: root, Queues: 2, Workers: 4, Log: log,
+		Limits: passthrough.Limits{Inodes: 64, Descriptors: 128, LockWaits: 8, Threads: 4},
+	})
+}
+
 var victim = virtiotest.Victim{
-	New: func(t testing.TB, log *slog.Logger) virtio.Device {
-		return newDevice(t, Config{
-			Root: smallRoot(t), Queues: 2, Workers: 4, Log: log,
-			Limits: passthrough.Limits{Inodes: 64, Descriptors: 128, LockWaits: 8, Threads: 4},
-		})
-	},
+	New: func(t testing.TB, log *slog.Logger) virtio.Device { return newSmallDevice(t, smallRoot(t), log) },
 	Requests: []virtiotest.HostileRequest{
 		hostileRequest(firstQueue, fuse.Init, 0, fuse.InitOutSize, 7, 41, 1<<20, 0),
 		hostileRequest(firstQueue, fuse.Create, 1, fuse.EntryOutSize+fuse.OpenOutSize, unix.O_RDWR, unix.S_IFREG|0o644, 0, 0, "file"),
@@ -92,4 +96,24 @@ var victim = virtiotest.Victim{
 }
 
 func TestHostileDriver(t *testing.T) { virtiotest.TestHostile(t, &victim) }
-func FuzzHostileDriver(f *testing.F) { virtiotest.FuzzHostile(f, &victim) }
+
+// FuzzHostileDriver has one file system, emptied each time: to let go of one is
+// slow.
+func FuzzHostileDriver(f *testing.F) {
+	root := smallRoot(f)
+	same := victim
+	same.New = func(t testing.TB, log *slog.Logger) virtio.Device {
+		path := fmt.Sprintf("/proc/self/fd/%d", root.Fd())
+		entries, err := os.ReadDir(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if err := os.RemoveAll(filepath.Join(path, e.Name())); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return newSmallDevice(t, root, log)
+	}
+	virtiotest.FuzzHostile(f, &same)
+}

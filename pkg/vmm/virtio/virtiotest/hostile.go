@@ -362,7 +362,7 @@ func (h *hostile) run(script []byte) {
 // settle lets the device come to what was made available. A ring that is broken,
 // or whose buffers a device keeps, has no such moment.
 func (r *Ring) settle() {
-	for i := 0; i < 20 && r.UsedIdx() != r.AvailIdx(); i++ {
+	for i := 0; i < 8 && r.UsedIdx() != r.AvailIdx(); i++ {
 		time.Sleep(10 * time.Microsecond)
 	}
 }
