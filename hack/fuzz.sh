@@ -33,7 +33,7 @@ for target in "${targets[@]}"; do
 	line "$target" "${executions:-0}" "${new:-0}" "$crashes" "$(awk '{ printf "%.0fs", $1 + $2 }' "$SCRATCH/time")"
 	if [ $crashes != 0 ]; then
 		failed=1
-		sed 's/^/    /' "$SCRATCH/output"
+		cut -c 1-300 "$SCRATCH/output" | sed 's/^/    /'
 	fi
 done
 exit $failed

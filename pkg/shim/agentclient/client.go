@@ -6,6 +6,7 @@ package agentclient
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -43,6 +44,11 @@ const (
 
 	// maxReply bounds a reply before it is parsed, which multiplies it.
 	maxReply = 128 << 10
+	// maxFrame bounds a message with all that ttrpc parses itself before we see
+	// the reply: details of a status, of two bytes each, would become a hundred
+	// times as much. The longest that an honest agent sends lists as many
+	// processes as there can be (pid_max is 32768, six bytes each).
+	maxFrame = 256 << 10
 	// maxError bounds what of an error's text is repeated.
 	maxError = 1024
 	// maxPid is Linux's PID_MAX_LIMIT, the first value that is none.
@@ -63,7 +69,7 @@ type Client struct {
 func New(conn net.Conn) *Client {
 	c := &Client{done: make(chan struct{})}
 	var once sync.Once
-	c.ttrpc = ttrpc.NewClient(&patientConn{conn},
+	c.ttrpc = ttrpc.NewClient(&agentConn{Conn: conn},
 		ttrpc.WithUnaryClientInterceptor(intercept),
 		ttrpc.WithOnClose(func() { once.Do(func() { close(c.done) }) }))
 	c.rpc = agentproto.NewAgentClient(c.ttrpc)
@@ -76,13 +82,43 @@ func (c *Client) Done() <-chan struct{} { return c.done }
 // Close ends the connection.
 func (c *Client) Close() { c.ttrpc.Close() }
 
-// patientConn ends a connection whose other side has stopped reading. ttrpc
-// holds a lock while it writes, so nothing else would end any request then.
-type patientConn struct {
+// agentConn ends a connection whose other side has stopped reading, for which
+// ttrpc holds a lock while it writes, so that nothing else would end any request
+// then; and one whose other side sends more at a time than an agent has to say.
+type agentConn struct {
 	net.Conn
+	// Where in the stream of messages reading is; it is for one goroutine.
+	header [10]byte // of the next message: its length first, big endian
+	have   int      // bytes of header
+	rest   uint32   // bytes of the message that are to come
 }
 
-func (c *patientConn) Write(p []byte) (int, error) {
+// errLongMessage ends a connection.
+var errLongMessage = fmt.Errorf("a message of more than %d bytes", maxFrame)
+
+func (c *agentConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	for b := p[:n]; len(b) > 0; {
+		if c.rest > 0 {
+			skip := min(uint32(len(b)), c.rest)
+			b, c.rest = b[skip:], c.rest-skip
+			continue
+		}
+		k := copy(c.header[c.have:], b)
+		b, c.have = b[k:], c.have+k
+		if c.have < len(c.header) {
+			continue
+		}
+		c.have, c.rest = 0, binary.BigEndian.Uint32(c.header[:])
+		if c.rest > maxFrame {
+			c.Conn.Close()
+			return 0, errLongMessage
+		}
+	}
+	return n, err
+}
+
+func (c *agentConn) Write(p []byte) (int, error) {
 	if err := c.Conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 		return 0, err
 	}
@@ -96,7 +132,7 @@ func (c *patientConn) Write(p []byte) (int, error) {
 // intercept sees replies before they are parsed.
 func intercept(ctx context.Context, request *ttrpc.Request, reply *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
 	if err := invoke(ctx, request, reply); err != nil {
-		if errors.Is(err, ttrpc.ErrClosed) {
+		if errors.Is(err, ttrpc.ErrClosed) || errors.Is(err, errLongMessage) {
 			return fmt.Errorf("the connection to the agent is lost: %w", errdefs.ErrUnavailable)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {

@@ -99,7 +99,7 @@ func TestHostileReplies(t *testing.T) {
 }
 
 func TestErrorsKeepTheirKindAndArePrintable(t *testing.T) {
-	text := "no\n\x1b[31m such " + strings.Repeat("x", 1<<20)
+	text := "no\n\x1b[31m such " + strings.Repeat("x", 1<<17)
 	c := connect(t, reply("SignalProcess", (*emptypb.Empty)(nil), errors.Join(errors.New(text), errdefs.ErrNotFound)))
 	err := c.Signal(context.Background(), "c", "", 9, false)
 	if !errdefs.IsNotFound(err) {

@@ -300,8 +300,8 @@ func FuzzDevice(f *testing.F) {
 		drain()
 		g = newGuest(t, device, virtiotest.Options{Memory: memory}, 0, 0)
 		g.transmit(plain(ethernet(1, 100)))
-		if got := l.receive()[hostHeader:]; !bytes.Equal(got, ethernet(1, 100)) {
-			t.Fatalf("the host received %x", got)
+		// What the script has sent may still be on its way through the host.
+		for !bytes.Equal(l.receive()[hostHeader:], ethernet(1, 100)) {
 		}
 		g.Reset()
 	})
