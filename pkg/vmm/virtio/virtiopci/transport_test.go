@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"log/slog"
+	"os"
 	"slices"
 	"testing"
 
@@ -501,6 +502,70 @@ func TestQueueCount(t *testing.T) {
 	}
 }
 
+// TestKicksOfWhatIsNotReady rings every doorbell, and those of queues that there
+// are not, in every state of the device.
+func TestKicksOfWhatIsNotReady(t *testing.T) {
+	m := newMachine(t)
+	kick := func(state string) {
+		t.Helper()
+		for offset := uint64(partNotify); offset < partNotify+partSize; offset += 2 {
+			for _, n := range []int{1, 2, 4, 8} {
+				m.write(offset, n, offset)
+			}
+		}
+		if m.device.activation != nil || m.log.Len() > 0 || len(m.messages) > 0 {
+			t.Errorf("%s: active %v, %d messages, log %s", state, m.device.activation != nil, len(m.messages), &m.log)
+		}
+	}
+	kick("untouched")
+	m.negotiate(virtio.FeatureVersion1)
+	kick("negotiated")
+	m.setQueue(0, 16, 0x1000, 0x2000, 0x3000)
+	kick("queue enabled")
+	m.write(offStatus, 1, uint64(m.status())|statusFailed)
+	kick("failed")
+	m.write(offStatus, 1, 0)
+	m.start()
+	m.write(offStatus, 1, 0)
+	kick("reset")
+	m.start()
+	if m.device.activation == nil {
+		t.Error("not active after all")
+	}
+}
+
+// TestComesAndGoes activates and resets the device over and over, with queues that
+// are good and queues that are nowhere: nothing is left of it but what there is
+// once.
+func TestComesAndGoes(t *testing.T) {
+	m := newMachine(t)
+	open := func() int {
+		names, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(names)
+	}
+	before := open()
+	for i := range 300 {
+		if i%3 != 0 {
+			m.start()
+		} else {
+			m.negotiate(virtio.FeatureVersion1)
+			m.setQueue(0, 16, 0x1000, 0x2000, 0x3000)
+			m.setQueue(1, 128, 1<<40, 0x5000, 0x6000) // after one that is good
+			m.write(offStatus, 1, ready)
+			if m.device.activation != nil || m.status()&statusNeedsReset == 0 {
+				t.Fatalf("status %#x with a queue outside memory", m.status())
+			}
+		}
+		m.write(offStatus, 1, 0)
+	}
+	if n := open(); n != before || len(m.doorbells) != 0 {
+		t.Errorf("%d descriptors, there were %d; %d doorbells", n, before, len(m.doorbells))
+	}
+}
+
 // FuzzTransport lets a guest write and read the configuration space and the BAR
 // at will; the fake device and the machine check the order of calls.
 func FuzzTransport(f *testing.F) {
@@ -526,7 +591,19 @@ func FuzzTransport(f *testing.F) {
 	f.Add(start(2, 0, offStatus, 1, 0, 0, 0, 0))
 	f.Add(start(0, 0, 0x10, 4, 0, 0, 4, 0xd0, 2, 0, offStatus, 1, 15, 0, 0, 0))
 	f.Add(start(2, partNotify>>8, 0, 2, 0, 0, 0, 0, 0, 0, 4, 2, 0, 0, 0, 0))
+	// A doorbell before the queue is ready, and of a queue that there is not.
+	f.Add([]byte{2, partNotify >> 8, 0, 2, 0, 0, 0, 0, 2, partNotify >> 8, 0xff, 1, 0, 0, 0, 0})
 	ecam := make([]byte, pci.ECAMSize) // too big to be made each time; NewBus fills what counts
+	newMachineIn(f, ecam)
+	at := ecam[0x34]
+	for ecam[at] != 0x11 { // PCI_CAP_ID_MSIX
+		at = ecam[at+1]
+	}
+	// MSI-X on, masked, pending, and unmasked; a vector that there is not.
+	msix := []byte{0, 0, at + 2, 2, 0, 0x80, 0, 0, 2, tableOffset >> 8, 0, 8, 0, 0, 0xe0, 0xfe, 2, tableOffset >> 8, 8, 8, 0x40, 0, 0, 0}
+	f.Add(start(append(msix, 3, 0, 0, 0, 0, 0, 0, 0, 2, 0, offConfigVector, 2, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0,
+		2, tableOffset>>8, 12, 4, 1, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 1, pbaOffset>>8, 0, 8, 0, 0, 0, 0,
+		2, tableOffset>>8, 12, 4, 0, 0, 0, 0, 2, 0, offConfigVector, 2, 0xff, 3, 0, 0, 2, pbaOffset>>8, 0, 8, 0xff, 0, 0, 0)...))
 	f.Fuzz(func(t *testing.T, script []byte) {
 		m := newMachineIn(t, ecam)
 		for ; len(script) >= 8; script = script[8:] {
@@ -554,6 +631,9 @@ func FuzzTransport(f *testing.F) {
 			}
 			if len(m.doorbells) > active {
 				t.Fatalf("%d doorbells for %d queues", len(m.doorbells), active)
+			}
+			if m.log.Len() > 300*(1+m.device.resets) {
+				t.Fatalf("%d bytes of log in %d resets", m.log.Len(), m.device.resets)
 			}
 		}
 	})
