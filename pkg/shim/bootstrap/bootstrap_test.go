@@ -3,6 +3,7 @@ package bootstrap
 import (
 	"bytes"
 	"encoding/hex"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -218,22 +219,33 @@ func TestBadInvocation(t *testing.T) {
 }
 
 // FuzzStdin: whatever arrives on stdin, start either works with it or says
-// what is wrong.
+// what is wrong, in each generation's call; and what it takes from there is not
+// more than arrived.
 func FuzzStdin(f *testing.F) {
-	f.Add([]byte{})
-	f.Add(marshal(f, bootstrapParams(nil)))
-	f.Add(marshal(f, option(f, &runcoptions.Options{ShimCgroup: "/s"})))
-	f.Add(marshal(f, option(f, &runtimeoptions.Options{ConfigBody: []byte("debug = true")})))
-	f.Fuzz(func(t *testing.T, stdin []byte) {
-		in, err := Parse(bootstrapArgs, env, bytes.NewReader(stdin))
+	for _, legacy := range []bool{false, true} {
+		f.Add([]byte{}, legacy)
+		f.Add(marshal(f, bootstrapParams(nil)), legacy)
+		f.Add(marshal(f, option(f, &runcoptions.Options{ShimCgroup: "/s"})), legacy)
+		f.Add(marshal(f, option(f, &runtimeoptions.Options{ConfigBody: []byte("debug = true")})), legacy)
+		f.Add(marshal(f, &anypb.Any{TypeUrl: "containerd.runc.v1.Options", Value: []byte{0xff}}), legacy)
+	}
+	f.Fuzz(func(t *testing.T, stdin []byte, legacy bool) {
+		args := bootstrapArgs
+		if legacy {
+			args = legacyArgs
+		}
+		in, err := Parse(args, env, bytes.NewReader(stdin))
 		if err != nil {
 			return
 		}
-		if in.ID != "c1" || in.Namespace != "default" || in.SocketDir == "" {
+		if in.ID != "c1" || in.Namespace != "default" || !filepath.IsAbs(in.SocketDir) {
 			t.Fatalf("identity changed: %+v", in)
 		}
-		if _, err := in.Answer("unix:///x"); err != nil {
-			t.Fatal(err)
+		if n := len(in.Options.ConfigBody) + len(in.Options.ConfigPath) + len(in.Options.ShimCgroup); n > len(stdin) {
+			t.Fatalf("%d bytes of options from %d", n, len(stdin))
+		}
+		if answer, err := in.Answer("unix:///x"); err != nil || !bytes.Contains(answer, []byte("unix:///x")) {
+			t.Fatalf("answer %q, %v", answer, err)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"testing"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
@@ -49,3 +50,58 @@ var victim = virtiotest.Victim{
 
 func TestHostileDriver(t *testing.T) { virtiotest.TestHostile(t, &victim) }
 func FuzzHostileDriver(f *testing.F) { virtiotest.FuzzHostile(f, &victim) }
+
+// TestHalfOpenFlood: connections that the guest opens, fills, half-closes and then
+// forgets, while nobody on the host reads, cost two descriptors and one buffer each,
+// up to the limit; and another guest's connections go on.
+func TestHalfOpenFlood(t *testing.T) {
+	const limit = 100
+	usage := virtiotest.Measure(t)
+	t.Run("flood", func(t *testing.T) {
+		accept, accepted := listenHost(t)
+		g := newGuest(t, Config{Accept: accept, MaxConnections: limit})
+		otherAccept, otherAccepted := listenHost(t)
+		other := newGuest(t, Config{Accept: otherAccept})
+		host, s := connect(t, other, 1024, 1, otherAccepted)
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		goroutines, files := runtime.NumGoroutine(), openFiles(t)
+		payload := make([]byte, maxPayload)
+		for i := range uint32(3 * limit) {
+			h := header{srcCID: testCID, dstCID: hostCID, srcPort: 100 + i, dstPort: 1024, kind: typeStream, op: opRequest, bufAlloc: 1 << 18}
+			g.send(h, nil)
+			for op := (<-g.packets).op; op != opResponse && op != opReset; op = (<-g.packets).op {
+			}
+			h.op = opRW
+			for range bufAlloc / maxPayload { // all the credit there is
+				g.send(h, payload)
+			}
+			h.op, h.flags = opShutdown, shutdownSend
+			g.send(h, nil)
+			for len(g.packets) > 0 {
+				<-g.packets
+			}
+		}
+		echo(t, host, s)
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		if n := g.connections(); n != limit {
+			t.Errorf("%d connections", n)
+		}
+		if n := openFiles(t); n > files+2*limit {
+			t.Errorf("%d files are open, there were %d", n, files)
+		}
+		if n := runtime.NumGoroutine(); n > goroutines {
+			t.Errorf("%d goroutines, there were %d", n, goroutines)
+		}
+		if after.HeapAlloc > before.HeapAlloc+limit*(bufAlloc+chunkSize)+4<<20 {
+			t.Errorf("%d bytes are in use, there were %d", after.HeapAlloc, before.HeapAlloc)
+		}
+		for len(accepted) > 0 {
+			(<-accepted).Close()
+		}
+		host.Close()
+	})
+	usage.Settle()
+}
