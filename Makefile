@@ -69,7 +69,7 @@ test: lint unit e2e-ci e2e-cri-ci ## what CI runs: form, unit tests, and black-b
 test-all: lint unit privileged test-agent test-guest e2e e2e-cri ## every test there is: hours in the test bed
 
 .PHONY: lint
-lint: ## gofmt, go vet, staticcheck, shellcheck
+lint: ## gofmt, go vet, staticcheck, gosec, known vulnerabilities, shellcheck
 	hack/lint.sh
 
 .PHONY: unit

@@ -382,9 +382,9 @@ func TestHostile(t *testing.T, victim *Victim) {
 		defer vandals.Wait()
 		defer stop.Store(true)
 		for i := range uint64(2) {
-			vandals.Go(func() { h.vandalise(rand.New(rand.NewPCG(i, 2)), &stop) })
+			vandals.Go(func() { h.vandalise(rand.New(rand.NewPCG(i, 2)), &stop) }) // #nosec G404 -- the same attack each time
 		}
-		rnd := rand.New(rand.NewPCG(1, 2))
+		rnd := rand.New(rand.NewPCG(1, 2)) // #nosec G404 -- likewise
 		for round := range 60 {
 			before := Measure(t)
 			h.run(h.randomScript(rnd))
