@@ -139,8 +139,12 @@ e2e-cri-ci: guest pod-tools
 	hack/e2e.sh '^Test(PodLifecycle|SeveralContainers|PortForward|PodToPod)$$' cri
 
 .PHONY: fuzz
-fuzz: ## run every fuzz target for FUZZTIME (10s)
-	hack/fuzz.sh $(FUZZTIME)
+fuzz: ## run every fuzz target for FUZZTIME (10s), or those that RUN matches, a line for each
+	hack/fuzz.sh $(FUZZTIME) '$(RUN)'
+
+.PHONY: test-security
+test-security: guest tools images pod-tools ## a line for each promise of docs/threat-model.md, with the tests that show it
+	hack/security.sh
 
 .PHONY: bench
 bench: guest tools images ## measure beside QEMU and runc, print tables and keep them below bench/

@@ -1,0 +1,175 @@
+#!/bin/bash
+# Shows, promise by promise of docs/threat-model.md, that it holds: a line for each, with the tests that show it.
+# usage: hack/security.sh [host] [guest]     (default: both)
+# "host" is what this machine shows without a guest's kernel; it needs root. "guest" runs black-box tests where the guest kernel
+# boots, which takes long in the test bed. The exit code is 1 if a promise does not hold, or was not shown.
+set -euo pipefail
+# shellcheck source=tools/lib.sh
+. "$(dirname "$0")/tools/lib.sh"
+cd "$REPO"
+scratch
+
+# A promise, then below it the packages and their tests that show it. A fuzz target runs its seeds; hack/fuzz.sh does more.
+host_promises() {
+	cat <<-'END'
+		= The VMM has a user of its own, eight capabilities, its own namespaces, and no descriptor that leads to the host
+		cmd/microvm-vmm TestJail/process
+		pkg/shim/state TestChooseID
+		= Its root is the shared directory, with what is mounted there nodev, nosuid and noexec
+		cmd/microvm-vmm TestJail/mounts
+		pkg/shim/share TestTree TestMountsOfTheHost TestHostSeesNothing
+		= A system call outside of its lists kills the VMM, and the log names it
+		cmd/microvm-vmm TestJail/socket TestJail/vCPU
+		pkg/vmm/seccomp TestFilter TestLog
+		= Everything that a machine does is in the lists
+		cmd/microvm-vmm TestJail/machine TestDevicesOnVCPUThread
+		pkg/vmm/virtio/fs/passthrough TestConformanceInJail
+		= There is no way around the jail, and no silent fallback
+		cmd/microvm-vmm TestJail/unjailed
+		= A VMM that its guest has taken over fills nothing of the shim's, and cannot hang it
+		cmd/microvm-vmm TestSocketsStayNonBlocking
+		pkg/vmm/control TestHostileVMM FuzzVMM FuzzReceive TestHowAVMMEnds
+		= A guest reaches no host memory but its own
+		pkg/vmm/memory TestSlice FuzzSlice TestBlocks FuzzBlocks
+		pkg/vmm/virtio TestNextRefuses TestQueueMatchesModel TestRewrittenWhileRead FuzzQueue
+		= A guest has no more memory and processors than was asked for
+		pkg/vmm TestHotMemory TestHotMemoryFails TestStartVCPUs
+		pkg/vmm/virtio/mem TestBadChains TestRequestedSize FuzzRequests
+		= No driver crashes, hangs or bloats a device: rings, requests and lengths that change under its hands, resets in the middle
+		pkg/vmm/virtio/balloon TestHostileDriver FuzzHostileDriver FuzzInflate
+		pkg/vmm/virtio/blk TestHostileDriver FuzzHostileDriver FuzzRequest TestResetInFlight
+		pkg/vmm/virtio/console TestHostileDriver FuzzHostileDriver FuzzOutput TestResetInFlight
+		pkg/vmm/virtio/fs TestHostileDriver FuzzHostileDriver TestResetEndsLockWaits
+		pkg/vmm/virtio/mem TestHostileDriver FuzzHostileDriver
+		pkg/vmm/virtio/net TestHostileDriver FuzzHostileDriver FuzzDevice TestBrokenRings TestResetUnderTraffic
+		pkg/vmm/virtio/pmem TestHostileDriver FuzzHostileDriver FuzzRequest TestResetDuringFlush
+		pkg/vmm/virtio/rng TestHostileDriver FuzzHostileDriver FuzzChain TestResetInFlight
+		pkg/vmm/virtio/vsock TestHostileDriver FuzzHostileDriver FuzzTransmit TestReset
+		= No access to a register does: configuration space, BARs, MSI-X, doorbells, ports
+		pkg/vmm TestNothingThere FuzzGuestAccess TestHotplugHostile
+		pkg/vmm/pci TestOddWrites FuzzBus
+		pkg/vmm/virtio/virtiopci TestKicksOfWhatIsNotReady TestComesAndGoes FuzzTransport
+		= No kernel file does
+		pkg/vmm/boot TestLoadKernelRefuses FuzzLoadKernel
+		= A flood costs the host a bounded amount: streams, console output, output that nobody reads, lines of log
+		pkg/vmm/virtio/vsock TestConnectionFlood TestHalfOpenFlood TestSlowReader TestRXStarved
+		pkg/vmm/virtio/console TestFloodWithStuckReader
+		pkg/vmm TestRateLimit TestBudget
+		pkg/shim TestLineLog FuzzLines
+		pkg/shim/stdio TestOutputWithoutReader
+		= The file server reaches nothing outside of the shared directory
+		pkg/vmm/virtio/fs/passthrough TestLinksLeadNowhere TestMagicLinks TestSwappedUnderfoot TestBadNames TestSeedsReachEverything FuzzRequests
+		= What a guest makes it hold is bounded
+		pkg/vmm/virtio/fs/passthrough TestNodeLimit TestHandleLimit TestLockLimit
+		= What is read-only is so on the host's side
+		pkg/vmm/virtio/fs/passthrough TestReadOnlyShare
+		pkg/shim/share TestTree
+		pkg/shim TestOpenBlockDevice
+		= A guest gets the block device that its container names, and no other
+		pkg/shim TestOpenDisk TestOpenBlockDevice TestBlockVolume
+		= Nothing the agent says makes the shim crash, hang, grow or act on another sandbox
+		pkg/shim/agentclient TestHostileReplies TestSilentAgent TestAnswersOutOfOrder TestMultipliedAnswer TestEndlessEvents TestBrokenFrames TestUnaskedFrames FuzzReplies FuzzAnswers FuzzStats
+		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced
+		pkg/shim/printable TestString FuzzString
+		= What starts a shim is checked
+		pkg/shim/bootstrap TestBadInvocation FuzzStdin
+		= What a guest sends goes out of its pod's links and nowhere else
+		pkg/shim/network TestPod TestRefuse
+		= A sandbox that has ended is told of once, and nothing stays on the host
+		pkg/shim TestDeathOfTheMachine TestFailedStartOfTheSandbox TestDeleteAfterKill
+		pkg/shim/network TestRemoveAfterACrash
+	END
+}
+
+# The same, with packages below test/e2e.
+guest_promises() {
+	cat <<-'END'
+		= A container runs on a kernel of its own, in a machine of its own
+		vm TestOwnKernel TestEachContainerHasItsMachine
+		= A privileged container has the privileges of its guest, and namespaces of the host are refused
+		crivm TestPrivilegedInTheGuestOnly TestHostNamespacesRefused
+		= A machine is in its pod's cgroup
+		crivm TestMachineIsInThePodsCgroup
+		= A link that is swapped in a volume leads nowhere
+		cri TestSymlinkSwap
+		= When shim, VMM, agent or guest die, containerd hears of it and nothing stays on the host
+		vm TestKillVMM TestKillShim TestGuestEnds TestKillEverything
+		crivm TestKillVMM TestKillShim TestGuestPanics
+		= A guest that does not start is ended, with an error that says why
+		vm TestGuestDoesNotStart
+	END
+}
+
+# plan PROMISES: which tests of which packages; wanted[PACKAGE] is a pattern of their first names.
+declare -A wanted result
+plan() {
+	local package tests name
+	wanted=()
+	while read -r package tests; do
+		[ "$package" != = ] || continue
+		for name in $tests; do
+			wanted[$package]+="|${name%%/*}"
+		done
+	done < <("$1")
+}
+
+# judge PACKAGE OUTPUT: takes what go test -v says of each test.
+judge() {
+	local verdict name
+	while read -r verdict name; do
+		# What was run twice counts by the second time.
+		result[$1 $name]=$verdict
+	done < <(sed -nE 's/^ *--- (PASS|FAIL|SKIP): ([^ ]+) .*/\1 \2/p' "$2")
+}
+
+# report PROMISES: a line for each promise.
+report() {
+	local package tests name promise='' how='' verdict=''
+	line() {
+		[ -z "$promise" ] || printf '%-4s  %s <-%s\n' "$verdict" "$promise" "$how"
+	}
+	while read -r package tests; do
+		if [ "$package" = = ]; then
+			line
+			promise=$tests how='' verdict=ok
+			continue
+		fi
+		how+=" $package:"
+		for name in $tests; do
+			how+=" $name"
+			[ "${result[$package $name]:-not run}" = PASS ] && continue
+			how+=" (${result[$package $name]:-not run})"
+			verdict=FAIL failed=1
+		done
+	done < <("$1")
+	line
+}
+
+failed=0
+[ $# -gt 0 ] || set -- host guest
+for part; do
+	case $part in
+	host)
+		plan host_promises
+		for package in "${!wanted[@]}"; do
+			say "$package"
+			go test -count=1 -v -tags privileged -run "^(${wanted[$package]#|})\$" "./$package" >"$SCRATCH/output" 2>&1 ||
+				grep -vE '^(=== |\s*--- PASS)' "$SCRATCH/output" | tail -n 50 >&2
+			judge "$package" "$SCRATCH/output"
+		done
+		echo "On this machine, without a guest's kernel:"
+		report host_promises
+		;;
+	guest)
+		plan guest_promises
+		for package in "${!wanted[@]}"; do
+			hack/e2e.sh "^(${wanted[$package]#|})\$" "$package" 2>&1 | tee "$SCRATCH/output" >&2 || :
+			judge "$package" "$SCRATCH/output"
+		done
+		echo "With a guest, where its kernel boots:"
+		report guest_promises
+		;;
+	*) die "usage: hack/security.sh [host] [guest]" ;;
+	esac
+done
+exit $failed
