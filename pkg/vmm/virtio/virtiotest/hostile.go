@@ -410,7 +410,7 @@ func (h *hostile) randomScript(rnd *rand.Rand) []byte {
 	script := []byte{0}
 	if rnd.IntN(2) == 0 {
 		for i, r := range h.victim.Requests {
-			script = append(script, stepRequest, byte(i), 0, byte(i)<<4, 255, byte(r.Queue)<<4|stepYield)
+			script = append(script, stepRequest, byte(i), 0, byte(i)<<4, 255, byte(r.Queue)<<4+stepYield)
 		}
 	}
 	for range 20 + rnd.IntN(1000) {
@@ -454,7 +454,7 @@ func FuzzHostile(f *testing.F, victim *Victim) {
 	// A request of each kind: whole; through an indirect table, and changed while
 	// it is served; after a reset.
 	for i, request := range victim.Requests {
-		f.Add([]byte{0, stepRequest, byte(i), 0, 0, 255, byte(request.Queue)<<4 | stepYield, stepYield})
+		f.Add([]byte{0, stepRequest, byte(i), 0, 0, 255, byte(request.Queue)<<4 + stepYield, stepYield})
 		f.Add([]byte{0, stepRequest, byte(i), 2, 0, 0, 1, 0, 8, 0xff, 0x1f, 16, 1, 0, 3, 9, stepReset, 1, 0, stepRequest, byte(i), 0, 1, 200})
 	}
 	queues := len(victim.New(f, slog.New(slog.DiscardHandler)).QueueSizes())
@@ -463,10 +463,10 @@ func FuzzHostile(f *testing.F, victim *Victim) {
 		const all, much = 0xd0, 0xc0 // an address and a length: the whole of memory
 		// A loop; much room, and an index that is too far; much to read; a head
 		// that the device has already.
-		f.Add([]byte{0, q | stepDesc, 0, 0, 0, 4, DescNext, 0, q | stepPush, 0, q | stepYield, 0})
-		f.Add([]byte{2, q | stepDesc, 1, all, much, DescWrite, 0, q | stepPush, 1, q | stepYield, q | stepIndex, 0x7f, q | stepYield})
-		f.Add([]byte{0, q | stepDesc, 0, all, much, DescNext, 1, q | stepDesc, 1, all, much, 0, 1, q | stepPush, 0, q | stepYield})
-		f.Add([]byte{1, q | stepDesc, 0, 0, 0, 8, 0, 0, q | stepPush, 0, q | stepPush, 0, q | stepPush, 0})
+		f.Add([]byte{0, q + stepDesc, 0, 0, 0, 4, DescNext, 0, q + stepPush, 0, q + stepYield, 0})
+		f.Add([]byte{2, q + stepDesc, 1, all, much, DescWrite, 0, q + stepPush, 1, q + stepYield, q + stepIndex, 0x7f, q + stepYield})
+		f.Add([]byte{0, q + stepDesc, 0, all, much, DescNext, 1, q + stepDesc, 1, all, much, 0, 1, q + stepPush, 0, q + stepYield})
+		f.Add([]byte{1, q + stepDesc, 0, 0, 0, 8, 0, 0, q + stepPush, 0, q + stepPush, 0, q + stepPush, 0})
 	}
 	f.Fuzz(func(t *testing.T, script []byte) {
 		h := newHostile(t, victim, victim.New(t, slog.New(slog.DiscardHandler)))
