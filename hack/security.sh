@@ -61,6 +61,10 @@ host_promises() {
 		pkg/vmm/virtio/fs/passthrough TestLinksLeadNowhere TestMagicLinks TestSwappedUnderfoot TestBadNames TestSeedsReachEverything FuzzRequests
 		= What a guest makes it hold is bounded
 		pkg/vmm/virtio/fs/passthrough TestNodeLimit TestHandleLimit TestLockLimit
+		= With rate limits, a guest's devices together get no more through than the limit, whatever they are sent
+		pkg/vmm/ratelimit TestTake TestShared TestClose FuzzLimiter
+		pkg/vmm/virtio/blk TestLimit TestLimitShared TestLimitReset
+		pkg/vmm/virtio/net TestTransmitLimit TestReceiveLimit TestLimitShared TestLimitReset
 		= What is read-only is so on the host's side
 		pkg/vmm/virtio/fs/passthrough TestReadOnlyShare
 		pkg/shim/share TestTree
@@ -94,7 +98,7 @@ guest_promises() {
 		cri TestSymlinkSwap
 		= When shim, VMM, agent or guest die, containerd hears of it and nothing stays on the host
 		vm TestKillVMM TestKillShim TestGuestEnds TestKillEverything
-		crivm TestKillVMM TestKillShim TestGuestPanics
+		crivm TestGuestPanics
 		= A guest that does not start is ended, with an error that says why
 		vm TestGuestDoesNotStart
 	END
