@@ -74,7 +74,7 @@ host_promises() {
 		= Nothing the agent says makes the shim crash, hang, grow or act on another sandbox
 		pkg/shim/agentclient TestHostileReplies TestSilentAgent TestAnswersOutOfOrder TestMultipliedAnswer TestEndlessEvents TestBrokenFrames TestUnaskedFrames FuzzReplies FuzzAnswers FuzzStats
 		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced
-		pkg/shim/printable TestString FuzzString
+		pkg/internal/printable TestString FuzzString
 		= What starts a shim is checked
 		pkg/shim/bootstrap TestBadInvocation FuzzStdin
 		= What a guest sends goes out of its pod's links and nowhere else

@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/microvm-runtime/microvm/pkg/shim/printable"
+	"github.com/microvm-runtime/microvm/pkg/internal/printable"
 )
 
 // hookTimeout bounds a hook that names no time of its own.

@@ -11,7 +11,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
-	"github.com/microvm-runtime/microvm/pkg/shim/printable"
+	"github.com/microvm-runtime/microvm/pkg/internal/printable"
 )
 
 // setupLog sends the log to containerd, which reads it from a fifo in the

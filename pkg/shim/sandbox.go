@@ -14,10 +14,10 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
+	"github.com/microvm-runtime/microvm/pkg/internal/printable"
 	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
 	"github.com/microvm-runtime/microvm/pkg/shim/config"
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
-	"github.com/microvm-runtime/microvm/pkg/shim/printable"
 	"github.com/microvm-runtime/microvm/pkg/shim/share"
 	"github.com/microvm-runtime/microvm/pkg/shim/state"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"

@@ -23,7 +23,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
-	"github.com/microvm-runtime/microvm/pkg/shim/printable"
+	"github.com/microvm-runtime/microvm/pkg/internal/printable"
 )
 
 // Ports of the agent's protocol, in the numbering of vsock.

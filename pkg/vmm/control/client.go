@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/microvm-runtime/microvm/pkg/shim/printable"
+	"github.com/microvm-runtime/microvm/pkg/internal/printable"
 	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
