@@ -1,8 +1,8 @@
 #!/bin/bash
-# machine.sh MACHINE DIR OUT MEM CPUS LIMIT: one outer machine, as pid 1 of the namespaces hack/testbed/run made for it.
+# machine.sh MACHINE DIR OUT MEM CPUS LIMIT BESIDE: one outer machine, as pid 1 of the namespaces hack/testbed/run made for it.
 # When this script ends, the kernel ends everything it started.
 set -euo pipefail
-machine=$1 dir=$2 out=$3 mem=$4 cpus=$5 limit=$6
+machine=$1 dir=$2 out=$3 mem=$4 cpus=$5 limit=$6 beside=$7
 
 # What the machine sees as its root: this host's file systems, bound read-only, so that nothing in there can change the
 # host. Pseudo file systems are left out: the machine has its own.
@@ -38,6 +38,15 @@ for s in root ${out:+out}; do
 	for _ in $(seq 100); do [ -S "$dir/$s.sock" ] && break; sleep 0.05; done
 	[ -S "$dir/$s.sock" ] || { echo "virtiofsd for $s did not come up"; exit 1; }
 done
+
+# A program beside the machine has its output in the machine's log, and a link to it that leads nowhere else.
+if [ -n "$beside" ]; then
+	ip link set lo up
+	ip tuntap add dev bed0 mode tap
+	ip link set bed0 up
+	devices+=(-netdev "tap,id=net,ifname=bed0,script=no,downscript=no" -device "virtio-net-pci,netdev=net")
+	"$beside" &
+fi
 
 # -la57: five levels of page tables cost time in an emulator and nobody here needs them.
 # tsc=reliable: under TCG every virtual CPU's TSC is the host's, and the alternative is an HPET whose reads leave the emulator.
