@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds the programs the tests need beside our own, through the Go module proxy, into $MICROVM_CACHE/tools/bin.
-# usage: hack/tools/build.sh [containerd|runc|cri-tools|cni|crane|all]...      (default: containerd runc)
+# usage: hack/tools/build.sh [containerd|runc|cri-tools|cni|crane|etcd|kubernetes|kubernetes-e2e|all]...
+#        (default: containerd runc)
 # A program that is there in the version named below is left alone. CNI plugins go to tools/bin/cni.
 set -euo pipefail
 # shellcheck source=lib.sh
@@ -11,6 +12,8 @@ RUNC=v1.5.2
 CRI_TOOLS=v1.36.0
 CNI=v1.9.1
 CRANE=v0.22.1
+ETCD=v3.7.3
+KUBERNETES=v1.36.3
 
 TOOLS=$MICROVM_CACHE/tools
 BIN=$TOOLS/bin
@@ -27,8 +30,11 @@ module() {
 compile() {
 	local ldflags=$1 tags=$2
 	shift 2
-	go build -mod=mod -trimpath -buildvcs=false -tags "$tags" -ldflags "-s -w $ldflags" -o "$SCRATCH/out/" "$@"
+	quietly go build -mod=mod -trimpath -buildvcs=false -tags "$tags" -ldflags "-s -w $ldflags" -o "$SCRATCH/out/" "$@"
 }
+
+# quietly GO...: without a line for each module it downloads.
+quietly() { "$@" 2> >(grep -v '^go: downloading ' >&2 || :); }
 
 build_containerd() {
 	local p=github.com/containerd/containerd/v2
@@ -64,6 +70,45 @@ build_crane() {
 	CGO_ENABLED=0 compile "" "" github.com/google/go-containerregistry/cmd/crane
 }
 
+build_etcd() {
+	module go.etcd.io/etcd/server/v3@$ETCD
+	# The module's root is the program; go build would call it v3.
+	CGO_ENABLED=0 go build -mod=mod -trimpath -buildvcs=false -ldflags "-s -w" -o "$SCRATCH/out/etcd" go.etcd.io/etcd/server/v3
+}
+
+# kubernetes_module: a throw-away module that depends on Kubernetes. Its own go.mod takes its libraries from the tree's folder
+# staging, which is not part of the module: each is a module of its own, in the version that belongs to the release.
+kubernetes_module() {
+	local dir
+	mkdir -p "$SCRATCH/module" "$SCRATCH/out"
+	cd "$SCRATCH/module"
+	dir=$(go mod download -json k8s.io/kubernetes@$KUBERNETES | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+	[ -d "$dir" ] || die "no module k8s.io/kubernetes@$KUBERNETES"
+	{
+		echo "module microvm.invalid/tools"
+		grep -E '^(go|godebug) ' "$dir/go.mod"
+		echo "require k8s.io/kubernetes $KUBERNETES"
+		sed -nE "s,^\s*(replace )?(k8s\.io/\S+) => \./staging/.*,replace \2 => \2 v0.${KUBERNETES#v1.},p" "$dir/go.mod"
+	} >go.mod
+}
+
+KUBERNETES_LDFLAGS="-X k8s.io/component-base/version.gitVersion=$KUBERNETES -X k8s.io/component-base/version.gitMajor=1
+	-X k8s.io/component-base/version.gitMinor=${KUBERNETES:3:2} -X k8s.io/component-base/version.gitTreeState=clean
+	-X k8s.io/client-go/pkg/version.gitVersion=$KUBERNETES"
+
+build_kubernetes() {
+	kubernetes_module
+	CGO_ENABLED=0 compile "$KUBERNETES_LDFLAGS" "" \
+		k8s.io/kubernetes/cmd/{kubelet,kube-apiserver,kube-controller-manager,kube-scheduler,kubectl,kube-proxy}
+}
+
+# Kubernetes' own end-to-end tests, ginkgo in the version they were compiled with, and the program of their images.
+build_kubernetes_e2e() {
+	kubernetes_module
+	CGO_ENABLED=0 compile "$KUBERNETES_LDFLAGS" "" k8s.io/kubernetes/test/images/agnhost github.com/onsi/ginkgo/v2/ginkgo
+	CGO_ENABLED=0 quietly go test -c -mod=mod -trimpath -ldflags "-s -w $KUBERNETES_LDFLAGS" -o "$SCRATCH/out/e2e.test" k8s.io/kubernetes/test/e2e
+}
+
 # present NAME VERSION PROGRAM...: is this group installed, whole and in this version? The stamp is written last.
 present() {
 	local program stamp=$TOOLS/stamps/$1-$2
@@ -93,7 +138,7 @@ tool() {
 
 scratch
 [ $# -gt 0 ] || set -- containerd runc
-if [ "$1" = all ]; then set -- containerd runc cri-tools cni crane; fi
+if [ "$1" = all ]; then set -- containerd runc cri-tools cni crane etcd kubernetes kubernetes-e2e; fi
 for name; do
 	case $name in
 	containerd) tool containerd $CONTAINERD containerd ctr containerd-shim-runc-v2 ;;
@@ -101,6 +146,11 @@ for name; do
 	cri-tools) tool cri-tools $CRI_TOOLS crictl critest ;;
 	cni) tool cni $CNI cni/{bridge,loopback,ptp,macvlan,host-local,static,portmap,firewall,tuning,bandwidth} ;;
 	crane) tool crane $CRANE crane ;;
+	etcd) tool etcd $ETCD etcd ;;
+	kubernetes)
+		tool kubernetes $KUBERNETES kubelet kube-{apiserver,controller-manager,scheduler,proxy} kubectl
+		;;
+	kubernetes-e2e) tool kubernetes-e2e $KUBERNETES e2e.test ginkgo agnhost ;;
 	*) die "unknown tool $name" ;;
 	esac
 done
