@@ -5,8 +5,10 @@
 #   $MICROVM_CACHE/images/pause.tar     docker.io/microvm/pause:latest      the first process of a pod under CRI
 #   $MICROVM_CACHE/images/box.tar       docker.io/microvm/box:latest        busybox from Debian's source, upstream's defaults
 #   $MICROVM_CACHE/images/web.tar       docker.io/microvm/web:latest        Debian's nginx on it
-# and $MICROVM_CACHE/images/layers, of which the registry for critest makes its images.
-# usage: hack/images/build.sh [busybox|debian|pods]...      (default: busybox debian; pods is all the others)
+#   $MICROVM_CACHE/images/programs.tar  docker.io/microvm/programs:bookworm a Debian with nginx, postgres, redis, python3 and wrk
+# and $MICROVM_CACHE/images/layers, of which the registry for critest and Kubernetes' own tests makes its images.
+# usage: hack/images/build.sh [busybox|debian|pods|programs|conformance]...
+#        (default: busybox debian; pods is box, pause, web and layers, conformance a further layer)
 # An image is made again only when what it is made of has changed.
 set -euo pipefail
 # shellcheck source=../tools/lib.sh
@@ -18,6 +20,7 @@ IMAGES=$MICROVM_CACHE/images
 export SOURCE_DATE_EPOCH=1700000000
 
 DEBIAN_PACKAGES=python3-minimal,redis-server,redis-tools,ca-certificates,e2fsprogs,procps,iproute2,attr,acl,fio
+PROGRAMS_PACKAGES=nginx-light,postgresql,redis-server,redis-tools,python3,wrk,curl,ca-certificates,procps
 
 # wrap NAME REFERENCE CMD [ENTRYPOINT]: makes NAME.tar of the root file system in $SCRATCH/NAME-root.tar.
 wrap() {
@@ -185,20 +188,49 @@ make_pods() {
 	mv "$layers" "$IMAGES/layers"
 }
 
-make_debian() {
+# agnhost is the program that most of Kubernetes' own tests run in their pods; its hooks call curl.
+make_conformance() {
+	packages curl
+	"$REPO/hack/tools/build.sh" kubernetes-e2e
+	local root=$SCRATCH/agnhost library
+	mkdir -p "$root"/{lib64,lib/x86_64-linux-gnu,usr/bin,etc,uploads,home/user-defined-in-image}
+	cp "$MICROVM_CACHE/tools/bin/agnhost" "$root/"
+	ln -s agnhost "$root/agnhost-2"
+	cp "$(command -v curl)" "$root/usr/bin/"
+	ldd "$root/usr/bin/curl" | grep -oE '/[^ ]+' | while read -r library; do
+		case $library in
+		/lib64/*) cp -L "$library" "$root/lib64/" ;;
+		*) cp -L "$library" "$root/lib/x86_64-linux-gnu/" ;;
+		esac
+	done
+	chroot "$root" /usr/bin/curl --version >/dev/null || die "curl does not start from the libraries collected for it"
+	tar -xOf "$IMAGES/layers/busybox.tar" ./etc/passwd >"$root/etc/passwd"
+	echo 'user-defined-in-image:x:1000:1000:,,,:/home/user-defined-in-image:/bin/sh' >>"$root/etc/passwd"
+	tar -xOf "$IMAGES/layers/busybox.tar" ./etc/group >"$root/etc/group"
+	printf '%s\n' user-defined-in-image:x:1000: group-defined-in-image:x:50000:user-defined-in-image >>"$root/etc/group"
+	pack "$root" "$SCRATCH/agnhost.tar"
+	put "$SCRATCH/agnhost.tar" "$IMAGES/layers/agnhost.tar"
+}
+
+make_debian() { debian_image debian $DEBIAN_PACKAGES; }
+
+make_programs() { debian_image programs $PROGRAMS_PACKAGES; }
+
+# debian_image NAME PACKAGE,...: makes docker.io/microvm/NAME:bookworm.
+debian_image() {
 	packages mmdebstrap
 	local sources=$SCRATCH/sources.list log=$SCRATCH/mmdebstrap.log
 	write_sources deb "$sources"
 	apt-config dump | grep -E '^Acquire::https?::Proxy' >"$SCRATCH/apt.conf" || true
 	# shellcheck disable=SC2016 # $1 is the hook's
-	mmdebstrap --mode=root --variant=minbase --include=$DEBIAN_PACKAGES --aptopt="$SCRATCH/apt.conf" \
+	mmdebstrap --mode=root --variant=minbase --include="$2" --aptopt="$SCRATCH/apt.conf" \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
 		--dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \
 		--customize-hook='rm -rf "$1"/etc/apt/sources.list* "$1"/etc/apt/apt.conf.d/99mmdebstrap "$1"/etc/hostname "$1"/etc/resolv.conf' \
-		bookworm "$SCRATCH/debian-root.tar" "$sources" >"$log" 2>&1 ||
+		bookworm "$SCRATCH/$1-root.tar" "$sources" >"$log" 2>&1 ||
 		{ tail -n 30 "$log" >&2; die "mmdebstrap failed"; }
-	wrap debian docker.io/microvm/debian:bookworm bash
-	put "$SCRATCH/debian.tar" "$IMAGES/debian.tar"
+	wrap "$1" "docker.io/microvm/$1:bookworm" bash
+	put "$SCRATCH/$1.tar" "$IMAGES/$1.tar"
 }
 
 # key NAME: of what an image is made of.
@@ -212,6 +244,7 @@ key() {
 files() {
 	case $1 in
 	pods) echo "$IMAGES"/{box,pause,web}.tar "$IMAGES"/layers/{busybox,groups,nginx,nginx-hostnet,nonewprivs,pause}.tar ;;
+	conformance) echo "$IMAGES/layers/agnhost.tar" ;; # goes with the other layers when those are made again
 	*) echo "$IMAGES/$1.tar" ;;
 	esac
 }
@@ -225,7 +258,7 @@ present() {
 scratch
 [ $# -gt 0 ] || set -- busybox debian
 for name; do
-	case $name in busybox | debian | pods) ;; *) die "unknown image $name" ;; esac
+	case $name in busybox | debian | pods | programs | conformance) ;; *) die "unknown image $name" ;; esac
 	present "$name" || lock "$IMAGES/lock"
 	if ! present "$name"; then
 		start=$SECONDS

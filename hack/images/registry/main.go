@@ -1,5 +1,5 @@
-// Command registry runs a program beside a container registry in memory that has the images critest pulls, and ends with
-// that program's exit code. containerd is told to resolve every registry name to it, so that the names which critest has
+// Command registry runs a program beside a container registry in memory that has the images a suite of tests pulls, and ends with
+// that program's exit code. containerd is told to resolve every registry name to it, so that the names which the suite has
 // as constants work without a network.
 package main
 
@@ -27,13 +27,14 @@ import (
 
 func main() {
 	layers := flag.String("layers", "", "directory of the images' layers, as hack/images/build.sh makes it")
+	catalog := flag.String("catalog", "critest", "whose images: critest or conformance")
 	address := flag.String("listen", "127.0.0.1:5000", "address on loopback")
 	flag.Parse()
-	if flag.NArg() == 0 {
-		fmt.Fprintln(os.Stderr, "usage: registry -layers DIR [-listen ADDRESS] COMMAND [ARG...]")
+	if flag.NArg() == 0 || catalogs[*catalog] == nil {
+		fmt.Fprintln(os.Stderr, "usage: registry -layers DIR [-catalog critest|conformance] [-listen ADDRESS] COMMAND [ARG...]")
 		os.Exit(2)
 	}
-	err := serve(*address, *layers, exec.Command(flag.Arg(0), flag.Args()[1:]...))
+	err := serve(*address, *layers, catalogs[*catalog], exec.Command(flag.Arg(0), flag.Args()[1:]...))
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.Exited() {
 		os.Exit(exit.ExitCode())
@@ -45,7 +46,7 @@ func main() {
 }
 
 // serve runs the command while the registry is up and full.
-func serve(address, layers string, command *exec.Cmd) error {
+func serve(address, layers string, catalog []image, command *exec.Cmd) error {
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		return err
