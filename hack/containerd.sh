@@ -9,9 +9,10 @@
 # and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un.
 #
 # With CRI=podsandbox or CRI=shim in the environment it is a node for pods too, with the runtime handlers runc and microvm, of
-# which the latter has that sandboxer; clients then use `crictl -c STATE/crictl.yaml`. Pods are on a bridge, so it runs only in
-# a network namespace without links to elsewhere (unshare --net, or the test bed); every registry's name means 127.0.0.1:5000. CNI plugins that are not in
-# the tools may be put into STATE/cni/bin, further networks into STATE/cni/conf; libcni keeps its results in /var/lib/cni.
+# which the latter has that sandboxer and CRI_DEFAULT (runc) is what pods get that name none; clients then use
+# `crictl -c STATE/crictl.yaml`. Pods are on a bridge, so it runs only in a network namespace without links to elsewhere
+# (unshare --net, or the test bed); every registry's name means 127.0.0.1:5000. CNI plugins that are not in the tools may be put
+# into STATE/cni/bin, further networks into STATE/cni/conf; libcni keeps its results in /var/lib/cni.
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH=$top/bin:${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin:$PATH
@@ -55,8 +56,9 @@ no_blockfile() { [ -f "$state/blockfile.ext4" ] || echo "'io.containerd.snapshot
 configure_cri() {
 	local other tools=${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin
 	echo "$CRI" >"$state/cri"
-	# Whose namespace it is cannot be asked everywhere, not even as root; one of our own has no link to anywhere else.
-	other=$(ip -o link show up | awk -F '[:@ ]+' '$2 !~ /^(lo|pods0|veth.*)$/ { print $2; exit }')
+	# Whose namespace it is cannot be asked everywhere, not even as root; one of our own has no link to anywhere else. (node0
+	# is hack/k8s.sh's.)
+	other=$(ip -o link show up | awk -F '[:@ ]+' -v ours="^(lo|pods0|node0|veth.*${MICROVM_TESTBED:+|eth0})\$" '$2 !~ ours { print $2; exit }')
 	[ -z "$other" ] || die "pods need a network namespace of their own, and here is $other: run this under unshare --net"
 	command -v nft >/dev/null || die "the portmap plugin needs nft: apt-get install nftables"
 	ip link set lo up
@@ -109,7 +111,7 @@ configure_cri() {
 		    bin_dirs = ['$tools/cni', '$state/cni/bin']
 		    conf_dir = '$state/cni/conf'
 		  [plugins.'io.containerd.cri.v1.runtime'.containerd]
-		    default_runtime_name = 'runc'
+		    default_runtime_name = '${CRI_DEFAULT:-runc}'
 		    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
 		      runtime_type = 'io.containerd.runc.v2'
 		      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
