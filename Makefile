@@ -21,7 +21,7 @@ FUZZTIME ?= 10s
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: build
 build: ## build the programs of cmd/ that run on the host, into bin/
@@ -66,7 +66,7 @@ guest: build kernel image # what a virtual machine consists of
 test: lint unit e2e-ci e2e-cri-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
 
 .PHONY: test-all
-test-all: lint unit privileged test-agent test-guest e2e e2e-cri ## every test there is: hours in the test bed
+test-all: lint unit privileged test-agent test-guest e2e e2e-cri e2e-k8s k8s-conformance ## every test there is: hours in the test bed
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck, gosec, known vulnerabilities, shellcheck
@@ -92,7 +92,7 @@ test-guest: guest fsconformance ## tests of the VMM that boot the guest kernel, 
 e2e: guest tools images fsconformance ## black-box tests with containerd and ctr, where KVM can boot the guest kernel
 	E2E_RUNTIME=$(E2E_RUNTIME) hack/e2e.sh '$(RUN)'
 
-# What "make e2e-cri" and "make critest" test: HANDLER=runc checks the tests themselves, without a virtual machine.
+# What "make e2e-cri", "make critest" and "make e2e-k8s" test: HANDLER=runc checks the tests themselves, without a virtual machine.
 HANDLER ?= microvm
 SANDBOXER ?= podsandbox
 GUEST_OF_HANDLER := $(if $(filter runc,$(HANDLER)),,guest)
@@ -122,6 +122,21 @@ soak: $(GUEST_OF_HANDLER) pod-tools ## start and remove 1000 pods (CYCLES), with
 .PHONY: critest
 critest: $(GUEST_OF_HANDLER) pod-tools ## CRI's conformance tests: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks specs
 	hack/critest.sh $(HANDLER) $(SANDBOXER) '$(RUN)'
+
+.PHONY: k8s-tools
+k8s-tools: pod-tools
+	hack/tools/build.sh etcd kubernetes
+	hack/images/build.sh programs
+
+.PHONY: e2e-k8s
+e2e-k8s: $(GUEST_OF_HANDLER) k8s-tools ## black-box tests of pods in Kubernetes: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks tests
+	hack/k8s-e2e.sh own $(HANDLER) $(SANDBOXER) '$(RUN)'
+
+.PHONY: k8s-conformance
+k8s-conformance: $(GUEST_OF_HANDLER) k8s-tools ## Kubernetes' own tests of a node: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks specs
+	hack/tools/build.sh kubernetes-e2e
+	hack/images/build.sh conformance
+	hack/k8s-e2e.sh conformance $(HANDLER) $(SANDBOXER) '$(RUN)'
 
 .PHONY: fsconformance
 fsconformance: # the program that tests a share from inside a guest
