@@ -91,6 +91,8 @@ func (p *pause) end(status uint32) {
 		go func() {
 			if err := p.sandbox.halt(powerOff); err != nil {
 				log.L.WithError(err).Error("the pod's virtual machine does not end")
+			} else {
+				<-p.sandbox.dead // who hears of the end finds it has come
 			}
 			close(p.ended)
 		}()
