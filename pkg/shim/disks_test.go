@@ -223,12 +223,12 @@ func TestRootfsOfErofs(t *testing.T) {
 func TestDiskThatCannotBe(t *testing.T) {
 	f := newFixture(t)
 	var refuse atomic.Bool
-	f.agent.Intercept = func(method string, _ any) (any, error) {
+	f.agent.SetIntercept(func(method string, _ any) (any, error) {
 		if method == "CreateContainer" && refuse.Load() {
 			return nil, errors.New("mount: no such file system")
 		}
 		return nil, nil
-	}
+	})
 	f.create("c0", "sleep")
 	noDisks := func(when string) {
 		t.Helper()
@@ -267,12 +267,12 @@ func TestDiskThatCannotBe(t *testing.T) {
 // A guest that does not let go of its disk loses it.
 func TestGuestKeepsDisk(t *testing.T) {
 	f := newFixture(t)
-	f.agent.Intercept = func(method string, _ any) (any, error) {
+	f.agent.SetIntercept(func(method string, _ any) (any, error) {
 		if method == "RemoveDevice" || method == "DeleteProcess" {
 			return nil, errors.New("no")
 		}
 		return nil, nil
-	}
+	})
 	if err := f.createOn("c1", image(t, "disk")); err != nil {
 		t.Fatal(err)
 	}
@@ -287,13 +287,13 @@ func TestGuestKeepsDisk(t *testing.T) {
 func TestDiskOfAbandonedContainer(t *testing.T) {
 	f := newFixture(t)
 	asked, goOn := make(chan struct{}), make(chan struct{})
-	f.agent.Intercept = func(method string, request any) (any, error) {
+	f.agent.SetIntercept(func(method string, request any) (any, error) {
 		if r, ok := request.(*agentproto.CreateContainerRequest); ok && r.GetId() == "c1" {
 			close(asked)
 			<-goOn
 		}
 		return nil, nil
-	}
+	})
 	f.create("c0", "sleep")
 	ctx, cancel := context.WithCancel(t.Context())
 	failed := make(chan error)

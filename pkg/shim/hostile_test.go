@@ -23,11 +23,11 @@ func TestSilentAgent(t *testing.T) {
 	machine := f.machine()
 	silent := make(chan struct{})
 	var once sync.Once
-	f.agent.Intercept = func(string, any) (any, error) {
+	f.agent.SetIntercept(func(string, any) (any, error) {
 		once.Do(func() { close(silent) })
 		<-machine.done
 		return nil, os.ErrClosed
-	}
+	})
 	// Callers that wait do so as long as they like.
 	ctx, cancel := context.WithCancel(t.Context())
 	asked := make(chan error)

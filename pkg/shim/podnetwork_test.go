@@ -136,12 +136,12 @@ func TestNetworkChangeFails(t *testing.T) {
 	f := newFixture(t)
 	f.create("c1", "sleep")
 	fails := true
-	f.agent.Intercept = func(method string, _ any) (any, error) {
+	f.agent.SetIntercept(func(method string, _ any) (any, error) {
 		if method == "UpdateNetwork" && fails {
 			return nil, errors.New("network is unreachable")
 		}
 		return nil, nil
-	}
+	})
 	f.net.set("eth0", "02:00:00:00:00:01")
 	if _, err := f.Start(t.Context(), &taskapi.StartRequest{ID: "c1"}); err == nil || !strings.Contains(err.Error(), "network is unreachable") {
 		t.Errorf("start: %v", err)

@@ -307,16 +307,16 @@ func TestServiceResizes(t *testing.T) {
 	if err := update(resources(2, 1024)); err != nil {
 		t.Fatal(err)
 	}
-	f.agent.Intercept = func(method string, _ any) (any, error) {
+	f.agent.SetIntercept(func(method string, _ any) (any, error) {
 		if method == "ResizeSandbox" {
 			return &agentproto.ResizeSandboxResponse{Cpus: 1}, nil
 		}
 		return nil, nil
-	}
+	})
 	if err := update(resources(4, 2048)); !errdefs.IsResourceExhausted(err) {
 		t.Errorf("update that needs more than there is: %v", err)
 	}
-	f.agent.Intercept = nil
+	f.agent.SetIntercept(nil)
 	if err := f.delete("c2", ""); err != nil {
 		t.Fatal(err)
 	}

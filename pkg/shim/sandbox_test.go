@@ -126,12 +126,12 @@ func TestFailedStartOfTheSandbox(t *testing.T) {
 		{"no agent", func(f *fixture) { f.silent = true; f.conf.BootTimeout = 50 * time.Millisecond }, nil,
 			"did not start within 50ms (configuration key boot_timeout); then it was at: stopped: vCPU 0 halted at rip 0x1234; the guest console's last lines: Linux version 6.12"},
 		{"another protocol", func(f *fixture) {
-			f.agent.Intercept = func(method string, _ any) (any, error) {
+			f.agent.SetIntercept(func(method string, _ any) (any, error) {
 				if method == "Info" {
 					return &agentproto.InfoResponse{Protocol: 9}, nil
 				}
 				return nil, nil
-			}
+			})
 		}, nil, "version 9"},
 		{"missing program", func(*fixture) {}, func(s *specs.Spec) { s.Process.Args = []string{"nonsense"} }, `"nonsense"`},
 		{"refused specification", func(*fixture) {}, func(s *specs.Spec) { s.Linux.Namespaces = nil }, "--net-host"},
@@ -248,7 +248,7 @@ func TestSecondContainerFails(t *testing.T) {
 // containers that there are not, nor as many of them as it likes.
 func TestHostileAgent(t *testing.T) {
 	f := newFixture(t)
-	f.agent.Intercept = func(method string, _ any) (any, error) {
+	f.agent.SetIntercept(func(method string, _ any) (any, error) {
 		switch method {
 		case "ListProcesses":
 			return &agentproto.ListProcessesResponse{Processes: []*agentproto.ProcessEntry{{Pid: 7}, {Pid: 8, ExecId: "made-up"}}}, nil
@@ -256,7 +256,7 @@ func TestHostileAgent(t *testing.T) {
 			return &agentproto.WaitProcessResponse{ExitStatus: 1 << 30}, nil
 		}
 		return nil, nil
-	}
+	})
 	f.create("c1", "sleep")
 	f.await(2) // created, and ended with a status that does not exist
 	if code := f.wait("c1", ""); code != 255 {
@@ -265,7 +265,7 @@ func TestHostileAgent(t *testing.T) {
 	f.expectEvents("create c1", "exit c1 c1 255")
 	f.delete("c1", "")
 
-	f.agent.Intercept = nil
+	f.agent.SetIntercept(nil)
 	f.create("c2", "sleep")
 	for range 90 {
 		f.agent.OOM("c2")
@@ -327,14 +327,14 @@ func TestKillInGuestThatHangs(t *testing.T) {
 	f := newFixture(t)
 	f.host.patience = 20 * time.Millisecond
 	hung := make(chan struct{})
-	f.agent.Intercept = func(string, any) (any, error) {
+	f.agent.SetIntercept(func(string, any) (any, error) {
 		select {
 		case <-hung:
 			<-f.machine().done
 		default:
 		}
 		return nil, nil
-	}
+	})
 	for _, id := range []string{"c1", "c2"} {
 		f.create(id, "sleep")
 		f.start(id, "")

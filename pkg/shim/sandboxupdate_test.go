@@ -132,13 +132,13 @@ func TestUpdateSandbox(t *testing.T) {
 			return update(&anypb.Any{TypeUrl: "io.containerd.cri.v2/UpdatedResources", Value: more.Value})
 		}},
 		{name: "too much", is: errdefs.IsResourceExhausted, do: func() error {
-			f.agent.Intercept = func(method string, _ any) (any, error) {
+			f.agent.SetIntercept(func(method string, _ any) (any, error) {
 				if method == "ResizeSandbox" {
 					return &agentproto.ResizeSandboxResponse{Cpus: 1}, nil
 				}
 				return nil, nil
-			}
-			defer func() { f.agent.Intercept = nil }()
+			})
+			defer func() { f.agent.SetIntercept(nil) }()
 			return update(more)
 		}, size: "1/512"},
 	} {

@@ -233,12 +233,12 @@ func TestDeleteCreated(t *testing.T) {
 // An exec whose start fails has ended, without events of a start or an exit.
 func TestExecThatDoesNotStart(t *testing.T) {
 	f := newFixture(t)
-	f.agent.Intercept = func(method string, r any) (any, error) {
+	f.agent.SetIntercept(func(method string, r any) (any, error) {
 		if p, ok := r.(*agentproto.ProcessRequest); ok && method == "StartProcess" && p.ExecId != "" {
 			return nil, errors.New("no such user")
 		}
 		return nil, nil
-	}
+	})
 	f.create("c1", "sleep")
 	f.start("c1", "")
 	if err := f.exec("c1", "e1", "sleep"); err != nil {

@@ -36,7 +36,7 @@ func TestVolumes(t *testing.T) {
 	f := newFixture(t)
 	told := make(chan string, 100)
 	fail := make(chan error, 1)
-	f.agent.Intercept = func(method string, request any) (any, error) {
+	f.agent.SetIntercept(func(method string, request any) (any, error) {
 		if r, ok := request.(*agentproto.VolumeRequest); ok {
 			told <- fmt.Sprint(r.GetContainerId(), " ", r.GetMount())
 			select {
@@ -46,7 +46,7 @@ func TestVolumes(t *testing.T) {
 			}
 		}
 		return nil, nil
-	}
+	})
 	config, other := t.TempDir(), t.TempDir()
 	swap(t, config, "..1")
 	file := filepath.Join(other, "file")

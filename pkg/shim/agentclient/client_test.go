@@ -35,12 +35,12 @@ func connect(t *testing.T, agent *agenttest.Agent) *Client {
 // reply makes an agent answer one method in its own way.
 func reply(method string, message any, err error) *agenttest.Agent {
 	a := agenttest.New()
-	a.Intercept = func(called string, _ any) (any, error) {
+	a.SetIntercept(func(called string, _ any) (any, error) {
 		if called == method {
 			return message, err
 		}
 		return nil, nil
-	}
+	})
 	return a
 }
 
@@ -128,13 +128,13 @@ func TestConnectionLost(t *testing.T) {
 	block := make(chan struct{})
 	defer close(block)
 	a := agenttest.New()
-	a.Intercept = func(method string, _ any) (any, error) {
+	a.SetIntercept(func(method string, _ any) (any, error) {
 		if method == "WaitProcess" {
 			close(waiting)
 			<-block
 		}
 		return nil, nil
-	}
+	})
 	c := connect(t, a)
 	events := make(chan error)
 	go func() { events <- c.OOMKills(context.Background(), func(string) {}) }()

@@ -164,7 +164,7 @@ func TestAnswersOutOfOrder(t *testing.T) {
 	all := make(chan struct{})
 	var waiting []string
 	a := agenttest.New()
-	a.Intercept = func(name string, request any) (any, error) {
+	a.SetIntercept(func(name string, request any) (any, error) {
 		if name != "WaitProcess" {
 			return nil, nil
 		}
@@ -187,7 +187,7 @@ func TestAnswersOutOfOrder(t *testing.T) {
 			mu.Unlock()
 			runtime.Gosched()
 		}
-	}
+	})
 	c := connect(t, a)
 	var waiters sync.WaitGroup
 	for i := range uint32(n) {

@@ -62,10 +62,9 @@ type Agent struct {
 	Programs map[string]Program
 	// Ports are what listens in the guest.
 	Ports map[uint32]func(*net.UnixConn)
-	// Intercept may answer, delay or spoil a request; nil, nil lets it pass.
-	Intercept func(method string, request any) (reply any, err error)
 
 	mu         sync.Mutex
+	intercept  func(method string, request any) (reply any, err error)
 	containers map[string]*container
 	streams    map[uint64]*net.UnixConn
 	arrived    *sync.Cond
@@ -214,11 +213,18 @@ func (a *Agent) KillAll() {
 
 func (p *Process) kill() { p.killOnce.Do(func() { close(p.Killed) }) }
 
+// SetIntercept makes f answer, delay or spoil requests; its nil, nil lets one pass. Nil ends that.
+func (a *Agent) SetIntercept(f func(method string, request any) (any, error)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.intercept = f
+}
+
 // enter notes a call and asks the interceptor.
 func enter[T any](a *Agent, method string, request any) (*T, error) {
 	a.mu.Lock()
 	a.calls = append(a.calls, method)
-	intercept := a.Intercept
+	intercept := a.intercept
 	a.mu.Unlock()
 	if intercept == nil {
 		return nil, nil
