@@ -60,6 +60,9 @@ run_tests() {
 
 # node_of COMMAND...: runs it where the node is, with what the suite needs there.
 node_of() {
+	export IMAGES="pause box web"
+	# A large one, whose import takes minutes in the emulated machine.
+	if grep -qE 'Nginx|Postgres|Redis|ServiceAccount' "$OUT/tests"; then IMAGES+=" programs"; fi
 	# The suite names no RuntimeClass.
 	[ "$SUITE" = own ] || export CRI_DEFAULT=$HANDLER
 	if [ "$SUITE" = own ]; then

@@ -191,9 +191,7 @@ disk() {
 images() {
 	local image dir=${MICROVM_CACHE:-$HOME/.cache/microvm}/images
 	local ctr=(ctr -a "$state/c/containerd.sock" -n k8s.io)
-	for image in pause busybox box web programs; do
-		[ ! -f "$dir/$image.tar" ] || "${ctr[@]}" images import "$dir/$image.tar" >/dev/null
-	done
+	for image in ${IMAGES:-pause box web}; do "${ctr[@]}" images import "$dir/$image.tar" >/dev/null; done
 	# The names that the examples in deploy/k8s have.
 	"${ctr[@]}" images tag --force docker.io/microvm/box:latest docker.io/library/busybox:stable >/dev/null
 	"${ctr[@]}" images tag --force docker.io/microvm/web:latest docker.io/library/nginx:stable >/dev/null
