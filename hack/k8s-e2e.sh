@@ -30,9 +30,9 @@ names() {
 	conformance)
 		scratch
 		e2e.test --ginkgo.dry-run --ginkgo.focus '\[NodeConformance\]' --ginkgo.skip "$LEFT_OUT" --ginkgo.junit-report "$SCRATCH/all.xml" >/dev/null
-		# What was left out is in the report too, as skipped.
+		# What was left out is in the report too, as skipped, and behind each name is a list of labels.
 		grep '<testcase name="\[It\]' "$SCRATCH/all.xml" | grep 'status="passed"' | sed 's/.*<testcase name="\[It\] \([^"]*\)".*/\1/' |
-			sed "s/&#39;/'/g; s/&#34;/\"/g; s/&lt;/</g; s/&gt;/>/g; s/&amp;/\\&/g" | grep -E -- "$1"
+			sed "s/&#39;/'/g; s/&#34;/\"/g; s/&lt;/</g; s/&gt;/>/g; s/&amp;/\\&/g; s/ \[[^]]*, [^]]*\]\$//" | grep -E -- "$1"
 		;;
 	esac
 }
@@ -68,6 +68,7 @@ node_of() {
 	if [ "$SUITE" = own ]; then
 		"$@"
 	else
+		ip link set lo up
 		registry -layers "$MICROVM_CACHE/images/layers" -catalog conformance -- "$@"
 	fi
 }
@@ -168,7 +169,9 @@ tests() {
 }
 
 for file in "$kept"/group-???; do
-	say "$(basename "$file"): $(paste -sd ';' "$file")"
-	run_group "$(basename "$file"): $(paste -sd ';' "$file")" tests "$(basename "$file")"
+	name="$(basename "$file"), $(wc -l <"$file") tests: $(head -n 1 "$file") …"
+	[ "$SUITE" != own ] || name="$(basename "$file"): $(paste -sd ' ' "$file")"
+	say "$name"
+	run_group "$name" tests "$(basename "$file")"
 done
 summary

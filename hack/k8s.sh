@@ -260,7 +260,7 @@ is_ready() { [[ $(kubectl get node $NODE -o 'jsonpath={.status.conditions[?(@.ty
 ready() {
 	local daemon=kubelet
 	[ -f "$state/run/kubelet.pid" ] || daemon=apiserver # the node is another machine's
-	wait_for 600 $daemon is_ready || { kubectl describe node >&2; die "the node is not ready"; }
+	wait_for 1500 $daemon is_ready || { kubectl describe node >&2; die "the node is not ready"; }
 	kubectl apply -f "$top/deploy/k8s/runtimeclass.yaml" >/dev/null
 }
 
