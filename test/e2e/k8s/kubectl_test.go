@@ -131,9 +131,7 @@ spec:
 	if last := c.LastTerminationState.Terminated; last == nil || last.ExitCode != 3 || last.Reason != "Error" {
 		t.Errorf("the run before: %v", last)
 	}
-	if got := s.logs(t, "p"); got != "run 2\n" {
-		t.Errorf("log: %q", got)
-	}
+	s.until(t, "the second run has spoken", func() bool { return s.logs(t, "p") == "run 2\n" })
 	if got := s.logs(t, "--previous", "p"); got != "run 1\n" {
 		t.Errorf("log of the run before: %q", got)
 	}
