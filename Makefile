@@ -164,6 +164,7 @@ test-security: guest tools images pod-tools ## a line for each promise of docs/t
 .PHONY: bench
 bench: guest tools images ## measure beside QEMU and runc, print tables and keep them below bench/
 	@mkdir -p bench
+	. hack/tools/lib.sh && packages qemu-system-x86
 	CGO_ENABLED=0 go test -run '^$$' -bench . -benchmem ./pkg/vmm/virtio ./pkg/vmm/virtio/blk ./pkg/vmm/virtio/vsock | tee bench/devices.txt
 	$(GO_BUILD) -o bin/bench ./test/bench
 	$(TESTBED) --out $(CURDIR)/bench --timeout 3600 -- bin/bench -out $(CURDIR)/bench/results.json
