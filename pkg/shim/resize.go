@@ -103,24 +103,14 @@ func (r *resizer) change(ctx context.Context, id string, resources *specs.LinuxR
 	if !known {
 		return apply() // one that counts for nothing
 	}
-	before, pod := r.now, r.pod
+	pod := r.pod
 	l := old
 	l.update(resources)
 	r.containers[id] = l
 	if r.pod != (usage{}) && !r.told {
 		r.pod = r.pod.sub(old.usage()).add(l.usage())
 	}
-	want := r.wanted()
-	err := r.grow(ctx, want)
-	if err == nil {
-		err = apply()
-	}
-	if err != nil {
-		r.containers[id], r.pod = old, pod
-		want = before
-	}
-	r.shrink(want)
-	return err
+	return r.adapt(ctx, apply, func() { r.containers[id], r.pod = old, pod })
 }
 
 // setPod changes what the pod may use as a whole; nothing is no limit. If the
@@ -130,12 +120,22 @@ func (r *resizer) setPod(ctx context.Context, pod usage) error {
 		return err
 	}
 	defer func() { <-r.turn }()
-	before, oldPod, oldTold := r.now, r.pod, r.told
+	oldPod, oldTold := r.pod, r.told
 	r.pod, r.told = pod, true
-	want := r.wanted()
+	return r.adapt(ctx, func() error { return nil }, func() { r.pod, r.told = oldPod, oldTold })
+}
+
+// adapt has the machine follow what is wanted now: it grows before apply, and
+// shrinks after it. If one of them fails, undo takes back what was wanted, and
+// the machine gets back to the size that it had.
+func (r *resizer) adapt(ctx context.Context, apply func() error, undo func()) error {
+	before, want := r.now, r.wanted()
 	err := r.grow(ctx, want)
+	if err == nil {
+		err = apply()
+	}
 	if err != nil {
-		r.pod, r.told = oldPod, oldTold
+		undo()
 		want = before
 	}
 	r.shrink(want)
