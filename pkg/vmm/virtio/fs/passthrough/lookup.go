@@ -37,12 +37,12 @@ func (s *Server) find(dir *inode, name string, st *unix.Statx_t) (*inode, unix.E
 // asks because it is to believe it no longer: such a node need not be opened.
 func (s *Server) replyEntry(r *request, dir *inode, name string) unix.Errno {
 	var st unix.Statx_t
-	if errno := statChild(dir.fd, name, &st); errno != 0 {
+	errno := statChild(dir.fd, name, &st)
+	if errno != 0 {
 		return errno
 	}
 	n := s.inodes.again(&st, dir, name)
 	if n == nil {
-		var errno unix.Errno
 		if n, errno = s.find(dir, name, &st); errno != 0 {
 			return errno
 		}
