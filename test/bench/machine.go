@@ -89,24 +89,16 @@ func (b *bench) addStarts(subject string, starts []*start) {
 		b.add("exits to /sbin/init", name, subject, "", collect(starts, func(s *start) float64 { return s.initExits[name] })...)
 		b.add("exits from there to agent ready", name, subject, "", collect(starts, func(s *start) float64 { return s.exits[name] - s.initExits[name] })...)
 	}
-	b.addMemory("VMM", subject, collectMemory(starts)...)
+	b.addMemory("VMM", subject, collect(starts, func(s *start) processMemory { return s.memory })...)
 	b.add("memory", "guest memory missing from MemTotal", subject, "MiB", collect(starts, func(s *start) float64 {
 		return float64(machineMemory-s.guest.MemoryTotalBytes) / (1 << 20)
 	})...)
 }
 
-func collect(starts []*start, f func(*start) float64) []float64 {
-	samples := make([]float64, len(starts))
+func collect[T any](starts []*start, f func(*start) T) []T {
+	samples := make([]T, len(starts))
 	for i, s := range starts {
 		samples[i] = f(s)
-	}
-	return samples
-}
-
-func collectMemory(starts []*start) []processMemory {
-	samples := make([]processMemory, len(starts))
-	for i, s := range starts {
-		samples[i] = s.memory
 	}
 	return samples
 }
