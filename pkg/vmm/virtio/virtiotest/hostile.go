@@ -64,7 +64,7 @@ type hostile struct {
 	tables  memory.GuestAddress // an indirect table for each ring
 	payload memory.GuestAddress // of payloadSize bytes
 	next    uint32              // where in payload the next request goes
-	script  []byte
+	script  Script
 
 	active      bool
 	activations int
@@ -86,21 +86,12 @@ func newHostile(t testing.TB, victim *Victim, device virtio.Device) *hostile {
 	return h
 }
 
-func (h *hostile) byte() byte {
-	if len(h.script) == 0 {
-		return 0
-	}
-	b := h.script[0]
-	h.script = h.script[1:]
-	return b
-}
-
-func (h *hostile) uint16() uint16 { return uint16(h.byte())<<8 | uint16(h.byte()) }
+func (h *hostile) uint16() uint16 { return uint16(h.script.Byte())<<8 | uint16(h.script.Byte()) }
 
 // activate enables the queues and features that the script names.
 func (h *hostile) activate() {
 	features := h.device.Features() | RingFeatures
-	choice := h.byte()
+	choice := h.script.Byte()
 	for i, f := range []uint64{virtio.FeatureIndirectDesc, virtio.FeatureEventIdx} {
 		if choice>>i&1 != 0 {
 			features &^= f
@@ -111,7 +102,7 @@ func (h *hostile) activate() {
 	}
 	disabled := byte(0)
 	if choice&8 != 0 {
-		disabled = h.byte()
+		disabled = h.script.Byte()
 	}
 	a := virtio.Activation{
 		Features: features, Memory: h.mem.Guest,
@@ -180,11 +171,11 @@ func (h *hostile) kick(queue int) {
 
 // addr makes addresses: mostly of memory, some of the rings, some of nothing.
 func (h *hostile) addr() memory.GuestAddress {
-	switch b := h.byte(); {
+	switch b := h.script.Byte(); {
 	case b < 0x80:
-		return h.payload + memory.GuestAddress(b)<<12 | memory.GuestAddress(h.byte())
+		return h.payload + memory.GuestAddress(b)<<12 | memory.GuestAddress(h.script.Byte())
 	case b < 0xa0:
-		return h.rings[int(b)%len(h.rings)].Desc + memory.GuestAddress(h.byte())
+		return h.rings[int(b)%len(h.rings)].Desc + memory.GuestAddress(h.script.Byte())
 	case b < 0xb0:
 		return h.rings[int(b)%len(h.rings)].Used
 	case b < 0xd0:
@@ -192,21 +183,21 @@ func (h *hostile) addr() memory.GuestAddress {
 	case b < 0xf0:
 		return hostileStart // as much as there is
 	case b == 0xff:
-		return math.MaxUint64 - memory.GuestAddress(h.byte())
+		return math.MaxUint64 - memory.GuestAddress(h.script.Byte())
 	case b == 0xfe:
 		return 0
 	default:
-		return hostileStart + hostileMemory - memory.GuestAddress(h.byte())
+		return hostileStart + hostileMemory - memory.GuestAddress(h.script.Byte())
 	}
 }
 
 // length makes lengths: mostly short, some all of memory, some impossible.
 func (h *hostile) length() uint32 {
-	switch b := h.byte(); {
+	switch b := h.script.Byte(); {
 	case b < 0x80:
 		return uint32(b)
 	case b < 0xc0:
-		return uint32(b&0x3f)<<8 | uint32(h.byte())
+		return uint32(b&0x3f)<<8 | uint32(h.script.Byte())
 	case b < 0xe0:
 		return hostileMemory
 	case b < 0xf0:
@@ -226,7 +217,7 @@ func (h *hostile) request() {
 	if len(h.victim.Requests) == 0 {
 		return
 	}
-	request := h.victim.Requests[int(h.byte())%len(h.victim.Requests)]
+	request := h.victim.Requests[int(h.script.Byte())%len(h.victim.Requests)]
 	r := h.rings[request.Queue]
 	size := uint32(len(request.Readable) + request.Room)
 	if h.next+size > payloadSize {
@@ -237,9 +228,9 @@ func (h *hostile) request() {
 	bytes := h.mem.Slice(addr, len(request.Readable))
 	copy(bytes, request.Readable)
 	h.scribble(bytes)
-	shape := h.byte()
+	shape := h.script.Byte()
 	head := uint16(shape>>4) % r.Size
-	cut := min(len(bytes), int(h.byte()))
+	cut := min(len(bytes), int(h.script.Byte()))
 	var descs []Desc
 	for _, d := range []Desc{
 		{Addr: addr, Len: uint32(cut)},
@@ -276,13 +267,13 @@ func (h *hostile) request() {
 		h.scribble(bytes)
 	}
 	if shape&8 != 0 { // and the descriptors under the device's hands
-		r.SetDesc(head, Desc{Addr: h.addr(), Len: h.length(), Flags: uint16(h.byte()), Next: uint16(h.byte())})
+		r.SetDesc(head, Desc{Addr: h.addr(), Len: h.length(), Flags: uint16(h.script.Byte()), Next: uint16(h.script.Byte())})
 	}
 }
 
 func (h *hostile) scribble(b []byte) {
-	for n := h.byte() % 8; n > 0 && len(b) > 0; n-- {
-		b[int(h.uint16())%len(b)] = h.byte()
+	for n := h.script.Byte() % 8; n > 0 && len(b) > 0; n-- {
+		b[int(h.uint16())%len(b)] = h.script.Byte()
 	}
 }
 
@@ -308,29 +299,29 @@ func (h *hostile) run(script []byte) {
 	h.script = script
 	h.activate()
 	for steps := 0; len(h.script) > 0 && steps < hostileSteps; steps++ {
-		op := h.byte()
+		op := h.script.Byte()
 		queue := int(op>>4) % len(h.rings)
 		r := h.rings[queue]
 		switch op & 15 {
 		case stepDesc, stepDescToo:
-			r.SetDesc(uint16(h.byte())%r.Size, Desc{Addr: h.addr(), Len: h.length(), Flags: uint16(h.byte()), Next: uint16(h.byte())})
+			r.SetDesc(uint16(h.script.Byte())%r.Size, Desc{Addr: h.addr(), Len: h.length(), Flags: uint16(h.script.Byte()), Next: uint16(h.script.Byte())})
 		case stepTable:
-			h.mem.SetDesc(h.table(queue), uint16(h.byte())%hostileQueue, Desc{Addr: h.addr(), Len: h.length(), Flags: uint16(h.byte()), Next: uint16(h.byte())})
+			h.mem.SetDesc(h.table(queue), uint16(h.script.Byte())%hostileQueue, Desc{Addr: h.addr(), Len: h.length(), Flags: uint16(h.script.Byte()), Next: uint16(h.script.Byte())})
 		case stepPush:
-			r.Push(uint16(h.byte()))
+			r.Push(uint16(h.script.Byte()))
 			h.kick(queue)
 		case stepIndex:
-			r.SetAvailIdx(r.AvailIdx() + uint16(int8(h.byte())))
+			r.SetAvailIdx(r.AvailIdx() + uint16(int8(h.script.Byte())))
 		case stepKick:
 			h.kick(queue)
 		case stepPayload:
 			h.scribble(h.mem.Slice(h.payload, payloadSize))
 		case stepConfig: // the guest chooses the offset; the transport bounds the length
-			p := make([]byte, h.byte()%9)
+			p := make([]byte, h.script.Byte()%9)
 			for i := range p {
-				p[i] = h.byte()
+				p[i] = h.script.Byte()
 			}
-			offset := uint64(h.byte())
+			offset := uint64(h.script.Byte())
 			if offset >= 0xf0 {
 				offset = math.MaxUint64 - offset&15
 			}
@@ -338,13 +329,13 @@ func (h *hostile) run(script []byte) {
 			h.device.ReadConfig(offset, p)
 		case stepReset:
 			h.reset()
-			if h.byte()&1 != 0 {
+			if h.script.Byte()&1 != 0 {
 				r.Clear()
 			}
 			h.activate()
 		case stepEvent:
 			r.SetUsedEvent(h.uint16())
-			r.SetAvailFlags(uint16(h.byte()))
+			r.SetAvailFlags(uint16(h.script.Byte()))
 		case stepYield:
 			r.settle()
 		default:

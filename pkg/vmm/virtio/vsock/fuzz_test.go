@@ -8,23 +8,16 @@ import (
 	"slices"
 	"sync"
 	"testing"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiotest"
 )
 
-// script is a fuzzer's input, read as the steps of guest and host.
-type script struct{ data []byte }
-
-func (s *script) byte() byte {
-	if len(s.data) == 0 {
-		return 0
-	}
-	b := s.data[0]
-	s.data = s.data[1:]
-	return b
-}
+// script is read as the steps of guest and host.
+type script struct{ virtiotest.Script }
 
 // number makes small, large and odd 32-bit numbers.
 func (s *script) number() uint32 {
-	b := s.byte()
+	b := s.Byte()
 	switch b & 3 {
 	case 0:
 		return uint32(b >> 2)
@@ -33,7 +26,7 @@ func (s *script) number() uint32 {
 	case 2:
 		return -uint32(b >> 2)
 	default:
-		return uint32(b)<<24 | uint32(s.byte())<<16 | uint32(s.byte())<<8 | uint32(s.byte())
+		return uint32(b)<<24 | uint32(s.Byte())<<16 | uint32(s.Byte())<<8 | uint32(s.Byte())
 	}
 }
 
@@ -97,16 +90,16 @@ func FuzzTransmit(f *testing.F) {
 		var io_ sync.WaitGroup
 		s := script{data}
 		for range maxSteps {
-			if len(s.data) == 0 {
+			if len(s.Script) == 0 {
 				break
 			}
-			switch step := s.byte(); step {
+			switch step := s.Byte(); step {
 			case stepRaw:
-				raw := make([]byte, headerSize+int(s.byte()))
-				s.data = s.data[copy(raw, s.data):]
+				raw := make([]byte, headerSize+int(s.Byte()))
+				copy(raw, s.Bytes(len(raw)))
 				g.sendRaw(raw)
 			case stepShort:
-				g.sendRaw(make([]byte, 1+int(s.byte())%(headerSize-1)))
+				g.sendRaw(make([]byte, 1+int(s.Byte())%(headerSize-1)))
 			case stepHostWrite:
 				c, n := host(), int64(s.number()%(4<<20))
 				io_.Go(func() { copyAll(c, stream(1, n)) })
@@ -123,11 +116,11 @@ func FuzzTransmit(f *testing.F) {
 				g.release()
 			default:
 				h := header{srcCID: testCID, dstCID: hostCID, kind: typeStream, op: uint16(step)}
-				port := uint32(s.byte())
+				port := uint32(s.Byte())
 				if h.srcPort, h.dstPort = port&0x7f, 1024; port&0x80 != 0 { // the dialled one
 					h.dstPort = firstPort + port&0x3f
 				}
-				h.flags = uint32(s.byte())
+				h.flags = uint32(s.Byte())
 				payload := make([]byte, s.number()%(maxPayload+2))
 				h.bufAlloc, h.fwdCnt = s.number(), s.number()
 				g.send(h, payload)

@@ -18,27 +18,11 @@ import (
 // the requests get far.
 type fuzzer struct {
 	*trap
-	input   []byte
+	input   virtiotest.Script
 	nodes   []uint64
 	handles []uint64
 	// succeeded are the operations that were answered without an error.
 	succeeded map[fuse.Opcode]bool
-}
-
-func (f *fuzzer) byte() byte {
-	if len(f.input) == 0 {
-		return 0
-	}
-	b := f.input[0]
-	f.input = f.input[1:]
-	return b
-}
-
-func (f *fuzzer) bytes(n int) []byte {
-	n = min(n, len(f.input))
-	b := f.input[:n]
-	f.input = f.input[n:]
-	return b
 }
 
 func pick(from []uint64, i byte) uint64 {
@@ -55,24 +39,24 @@ var fuzzNames = []string{"file", "dir", "link", "up", "fifo", "new", "other", ".
 // its argument differs from a well-formed one, room for the reply, and what is
 // odd about its shape.
 func (f *fuzzer) request() {
-	op, node, fh := fuse.Opcode(f.byte()), pick(f.nodes, f.byte()), pick(f.handles, f.byte())
-	name := fuzzNames[int(f.byte())%len(fuzzNames)]
+	op, node, fh := fuse.Opcode(f.input.Byte()), pick(f.nodes, f.input.Byte()), pick(f.handles, f.input.Byte())
+	name := fuzzNames[int(f.input.Byte())%len(fuzzNames)]
 	args := sample(op, fh, node, name)
-	at, length := int(f.byte()), int(f.byte())
-	change := f.bytes(length)
+	at, length := int(f.input.Byte()), int(f.input.Byte())
+	change := f.input.Bytes(length)
 	if at >= 128 { // the argument is all the input's
 		args = append([]byte(nil), change...)
 	} else if at < len(args) {
 		copy(args[at:], change)
 	}
-	room := int(f.byte()) * 64
+	room := int(f.input.Byte()) * 64
 	whole := append(f.Header(op, node, f.Unique(), fuse.InHeaderSize+len(args)), args...)
-	odd := f.byte()
+	odd := f.input.Byte()
 	if odd&1 != 0 {
-		binary.LittleEndian.PutUint32(whole, uint32(f.byte())|uint32(f.byte())<<24)
+		binary.LittleEndian.PutUint32(whole, uint32(f.input.Byte())|uint32(f.input.Byte())<<24)
 	}
 	if odd&2 != 0 {
-		binary.LittleEndian.PutUint16(whole[36:], uint16(f.byte()))
+		binary.LittleEndian.PutUint16(whole[36:], uint16(f.input.Byte()))
 	}
 	readable := [][]byte{whole}
 	if cut := int(odd>>2&0x1f) * 3; cut > 0 && cut < len(whole) {
