@@ -2,7 +2,6 @@ package net
 
 import (
 	"log/slog"
-	"sync"
 	"testing"
 	"time"
 
@@ -22,22 +21,7 @@ func attacked(t testing.TB) *link {
 	for i := range 16 {
 		frames = append(frames, tcp(i, i*i*250, 1448, hostHeader))
 	}
-	stop := make(chan struct{})
-	var host sync.WaitGroup
-	host.Go(func() {
-		for i := 0; ; i++ {
-			select {
-			case <-stop:
-				return
-			case <-time.After(100 * time.Microsecond):
-				l.trySend(frames[i%len(frames)])
-			}
-		}
-	})
-	t.Cleanup(func() {
-		close(stop)
-		host.Wait()
-	})
+	t.Cleanup(l.flood(100*time.Microsecond, func(i int) []byte { return frames[i%len(frames)] }))
 	return l
 }
 

@@ -156,19 +156,7 @@ func TestQueuePairs(t *testing.T) {
 func TestResetUnderTraffic(t *testing.T) {
 	l := newLink(t, 2)
 	g := newGuest(t, newDevice(t, l, Config{}), virtiotest.Options{}, 0, 0)
-	stop := make(chan struct{})
-	var host sync.WaitGroup
-	host.Go(func() {
-		for i := 0; ; i++ {
-			select {
-			case <-stop:
-				return
-			default:
-				// The return value counts for nothing: the tap's queue may be full.
-				l.trySend(tcp(i%16, 60+i%40000, 1448, hostHeader))
-			}
-		}
-	})
+	stop := l.flood(0, func(i int) []byte { return tcp(i%16, 60+i%40000, 1448, hostHeader) })
 	for round := range 60 {
 		var guest sync.WaitGroup
 		if round%3 != 0 {
@@ -201,8 +189,7 @@ func TestResetUnderTraffic(t *testing.T) {
 		guest.Wait()
 		g.Activate()
 	}
-	close(stop)
-	host.Wait()
+	stop()
 }
 
 // A driver that breaks a ring is told so, and the device can be reset.

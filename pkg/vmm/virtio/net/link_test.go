@@ -5,7 +5,9 @@ import (
 	"errors"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -141,6 +143,28 @@ func (l *link) send(packet []byte) {
 
 // trySend is send without a care for what comes of it.
 func (l *link) trySend(packet []byte) { _ = unix.Sendto(l.packet, packet, 0, nil) }
+
+// flood has the host send one frame after another, with a pause between two,
+// until stop is called. frame makes the next one.
+func (l *link) flood(pause time.Duration, frame func(i int) []byte) (stop func()) {
+	end := make(chan struct{})
+	var host sync.WaitGroup
+	host.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-end:
+				return
+			default:
+				l.trySend(frame(i))
+				time.Sleep(pause)
+			}
+		}
+	})
+	return func() {
+		close(end)
+		host.Wait()
+	}
+}
 
 // tryReceive reads a frame if there is one.
 func (l *link) tryReceive(b []byte) bool {
