@@ -5,8 +5,6 @@ package chaos
 import (
 	"context"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -94,8 +92,5 @@ func freezeAgent(t *testing.T, p *pods.Pod, _ int) {
 	l.attach(t, p)
 	l.pull(t)
 	// The lever's container goes on: it is not the agent.
-	node.Until(t, "the agent is frozen", func() bool {
-		_, err := os.Stat(filepath.Join(l.dir, "pulled"))
-		return err == nil
-	})
+	node.Until(t, "the agent is frozen", func() bool { return node.Exists(l.dir, "pulled") })
 }

@@ -54,10 +54,7 @@ X
 // pull has it act, a second later or so.
 func (l *lever) pull(t *testing.T) {
 	t.Helper()
-	node.Until(t, "the lever is ready", func() bool {
-		_, err := os.Stat(filepath.Join(l.dir, "ready"))
-		return err == nil
-	})
+	node.Until(t, "the lever is ready", func() bool { return node.Exists(l.dir, "ready") })
 	if err := os.WriteFile(filepath.Join(l.dir, "go"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}

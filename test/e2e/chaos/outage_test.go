@@ -32,10 +32,7 @@ func TestContainerdOutage(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	node.Until(t, "a container has ended", func() bool {
-		_, err := os.Stat(filepath.Join(dir, "gone"))
-		return err == nil
-	})
+	node.Until(t, "a container has ended", func() bool { return node.Exists(dir, "gone") })
 	size := logSize(t, running)
 	restartContainerd(t, n)
 

@@ -60,10 +60,7 @@ func TestWaitAndSignals(t *testing.T) {
 				done <- n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm", "--mount", "type=bind,src=" + dir + ",dst=/dir,options=rbind:rw"},
 					"sh", "-c", "trap 'exit 21' HUP; trap 'exit 22' USR2; trap 'exit 23' TERM; touch /dir/ready; while :; do sleep 0.1; done")...)
 			}()
-			node.Until(t, "the container is ready", func() bool {
-				_, err := os.Stat(filepath.Join(dir, "ready"))
-				return err == nil
-			})
+			node.Until(t, "the container is ready", func() bool { return node.Exists(dir, "ready") })
 			n.MustCtr(t, "tasks", "kill", "-s", signal, id)
 			(<-done).WantExit(t, want)
 		})
@@ -205,10 +202,7 @@ func TestContainerdRestart(t *testing.T) {
 		"sh", "-c", "until [ -e /dir/go ]; do sleep 0.1; done; touch /dir/gone; exit 6")
 	n.KillContainerd(t)
 	write(t, filepath.Join(dir, "go"), "")
-	node.Until(t, "the container has ended", func() bool {
-		_, err := os.Stat(filepath.Join(dir, "gone"))
-		return err == nil
-	})
+	node.Until(t, "the container has ended", func() bool { return node.Exists(dir, "gone") })
 	n.StartContainerd(t)
 	node.Until(t, "the task is known to have ended", func() bool { return n.Status(t, id) != "RUNNING" })
 	if !n.Runc() { // whose containerd takes a task without processes for left over, and removes it when it comes back

@@ -261,6 +261,12 @@ func Until(t *testing.T, what string, condition func() bool) {
 	}
 }
 
+// Exists says whether a file is there: containers make them in volumes to tell how far they are.
+func Exists(path ...string) bool {
+	_, err := os.Stat(filepath.Join(path...))
+	return err == nil
+}
+
 // Wait waits for a condition and returns whether it came true within a generous limit.
 func Wait(condition func() bool) bool {
 	for deadline := time.Now().Add(time.Duration(20*Slow()) * time.Second); !condition(); time.Sleep(50 * time.Millisecond) {
