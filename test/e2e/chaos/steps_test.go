@@ -152,13 +152,19 @@ func lastLine(t *testing.T, c *pods.Container) string {
 	return f[len(f)-1]
 }
 
-const sigcont = unix.SIGCONT
-
 // stop has processes stand still, all their threads.
 func stop(t *testing.T, pids map[int]string) {
 	t.Helper()
 	for pid := range pids {
 		signalTo(t, pid, unix.SIGSTOP)
+	}
+}
+
+// goOn has them run again.
+func goOn(t *testing.T, pids map[int]string) {
+	t.Helper()
+	for pid := range pids {
+		signalTo(t, pid, unix.SIGCONT)
 	}
 }
 

@@ -153,7 +153,7 @@ func (c *trial) kill(t *testing.T) {
 		c.lever.pull(t)
 	case killContainerd:
 		c.node.KillContainerd(t)
-		c.letGo(t)
+		goOn(t, c.parts().shims)
 		restartContainerd(t, c.node)
 	case killInit:
 		c.node.MustCtr(t, "tasks", "kill", "--signal", "SIGKILL", c.container.ID)
@@ -187,23 +187,10 @@ func (c *trial) during(t *testing.T, call func() error) error {
 func (c *trial) hold(t *testing.T) {
 	t.Helper()
 	switch p := c.parts(); c.victim {
-	case killShim:
-		if isVM(c.node) {
-			stop(t, p.vmms)
-		} else {
-			stop(t, p.shims)
-		}
-	case killVMM:
+	case killShim, killVMM:
 		stop(t, p.vmms)
 	case killContainerd:
 		stop(t, p.shims)
-	}
-}
-
-func (c *trial) letGo(t *testing.T) {
-	t.Helper()
-	for pid := range c.parts().shims {
-		signalTo(t, pid, sigcont)
 	}
 }
 
