@@ -122,11 +122,7 @@ spec:
     volumeMounts: [{name: v, mountPath: /v}]
     command: [sh, -c, 'echo run >>/v/runs; n=$(wc -l </v/runs); echo run $n; [ $n -gt 1 ] || exit 3; exec sleep infinity']
 `, box))
-	s.until(t, "the container was restarted", func() bool {
-		c := s.pod(t, "p").Status.ContainerStatuses
-		return len(c) == 1 && c[0].RestartCount == 1 && c[0].State.Running != nil
-	})
-	s.ready(t, "p")
+	s.restarted(t, "p")
 	c := s.pod(t, "p").Status.ContainerStatuses[0]
 	if last := c.LastTerminationState.Terminated; last == nil || last.ExitCode != 3 || last.Reason != "Error" {
 		t.Errorf("the run before: %v", last)

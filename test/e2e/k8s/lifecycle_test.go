@@ -112,11 +112,7 @@ func TestLivenessProbe(t *testing.T) {
 	s.apply(t, sleeper("p", `livenessProbe: {exec: {command: [test, "!", -e, /sick]}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 60}`, ""))
 	s.ready(t, "p")
 	s.sh(t, "p", "touch /sick")
-	s.until(t, "the container was restarted", func() bool {
-		c := s.pod(t, "p").Status.ContainerStatuses
-		return len(c) == 1 && c[0].RestartCount == 1 && c[0].State.Running != nil
-	})
-	s.ready(t, "p")
+	s.restarted(t, "p")
 }
 
 // Containers of a pod share what a pod shares, and nothing else.

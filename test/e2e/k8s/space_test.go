@@ -182,6 +182,16 @@ func (s *space) ready(t *testing.T, names ...string) {
 	}
 }
 
+// restarted waits until a pod's only container has been restarted, once, and is ready again.
+func (s *space) restarted(t *testing.T, name string) {
+	t.Helper()
+	s.until(t, "the container was restarted", func() bool {
+		c := s.pod(t, name).Status.ContainerStatuses
+		return len(c) == 1 && c[0].RestartCount == 1 && c[0].State.Running != nil
+	})
+	s.ready(t, name)
+}
+
 // ended waits until all of a pod's containers have ended for good, and returns the first one's state.
 func (s *space) ended(t *testing.T, name string) corev1.ContainerStateTerminated {
 	t.Helper()
