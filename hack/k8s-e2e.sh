@@ -39,7 +39,7 @@ names() {
 
 # run_tests: those in OUT/tests, against the cluster in STATE.
 run_tests() {
-	local focus=() name class=$HANDLER
+	local focus=() name class=$HANDLER rc=0
 	export KUBECONFIG=$STATE/admin.conf
 	case $SUITE in
 	own)
@@ -51,9 +51,9 @@ run_tests() {
 		while read -r name; do focus+=("--focus=${name//[^A-Za-z0-9 ]/.}"); done <"$OUT/tests"
 		cd "$STATE"
 		ginkgo run --no-color --procs="$([ "$HANDLER" = runc ] && echo 4 || echo 2)" --timeout="${LIMIT}s" --junit-report="$OUT/junit.xml" \
-			"${focus[@]}" "$(command -v e2e.test)" -- --provider=local --disable-log-dump >"$OUT/e2e.log" 2>&1 || name=failed
+			"${focus[@]}" "$(command -v e2e.test)" -- --provider=local --disable-log-dump >"$OUT/e2e.log" 2>&1 || rc=1
 		grep -E '^(Ran|FAIL!|SUCCESS!)|\[FAIL\]' "$OUT/e2e.log" | sort -u
-		[ "$name" != failed ]
+		return $rc
 		;;
 	esac
 }
@@ -63,11 +63,10 @@ node_of() {
 	export IMAGES="pause box web"
 	# A large one, whose import takes minutes in the emulated machine.
 	if grep -qE 'Nginx|Postgres|Redis|ServiceAccount' "$OUT/tests"; then IMAGES+=" programs"; fi
-	# The suite names no RuntimeClass.
-	[ "$SUITE" = own ] || export CRI_DEFAULT=$HANDLER
 	if [ "$SUITE" = own ]; then
 		"$@"
 	else
+		export CRI_DEFAULT=$HANDLER # the suite names no RuntimeClass
 		ip link set lo up
 		registry -layers "$MICROVM_CACHE/images/layers" -catalog conformance -- "$@"
 	fi
