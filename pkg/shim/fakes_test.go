@@ -53,6 +53,7 @@ type fakeMachine struct {
 	nics    map[string]control.NIC
 	disks   map[string]fakeDisk
 	sizes   []control.Size
+	looks   uint64 // of Stats
 	exit    control.Exit
 	done    chan struct{}
 	endOnce sync.Once
@@ -181,6 +182,17 @@ func (m *fakeMachine) Accept(ctx context.Context, port uint32) (*net.UnixConn, e
 func (m *fakeMachine) Stop(context.Context) error {
 	m.end(control.ReasonStopped, "vCPU 0 halted at rip 0x1234")
 	return nil
+}
+
+// Stats has one counter, which goes on, and a name that wants to be more.
+func (m *fakeMachine) Stats(context.Context) (control.Stats, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.looks++
+	return control.Stats{
+		Exits: map[string]uint64{"mmio-write": 10 * m.looks, "still": 1},
+		KVM:   map[string]uint64{"blocking": 1, "\x1b[31m\nlevel=error": m.looks},
+	}, nil
 }
 
 // Resize does all that it is asked for.

@@ -33,6 +33,7 @@ type machine interface {
 	AttachDisk(ctx context.Context, disk control.Disk, file *os.File) (pciAddress string, err error)
 	Detach(ctx context.Context, pciAddress string) error
 	Resize(ctx context.Context, size control.Size) (control.Size, error)
+	Stats(ctx context.Context) (control.Stats, error)
 	Kill() error
 	Done() <-chan struct{}
 	Exit() control.Exit

@@ -100,6 +100,7 @@ type sandbox struct {
 	volumes volumes
 
 	halting sync.Mutex // held by halt
+	asking  sync.Mutex // held while silent looks
 
 	mu       sync.Mutex
 	stopping bool
@@ -238,7 +239,7 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 	if err != nil {
 		return logs.describe(s.bootError(ctx, err))
 	}
-	s.agent = agentclient.New(conn)
+	s.agent = agentclient.New(conn, s.silent)
 	s.resizer = newResizer(conf, s.host, c.limits, s.resizeMachine, s.agent.ResizeSandbox)
 	return nil
 }
@@ -265,8 +266,8 @@ func (s *sandbox) bootError(ctx context.Context, err error) error {
 	return fmt.Errorf("the guest's agent: %w", err)
 }
 
-// hung ends a machine whose agent did not come in time, and adds to the error
-// where its vCPUs were.
+// hung ends a machine whose guest does not do what it should, and adds to the
+// error where its vCPUs were.
 func (s *sandbox) hung(err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), powerOff)
 	defer cancel()
@@ -318,6 +319,11 @@ func exitText(e control.Exit) string {
 	return printable.String(e.String(), maxLine)
 }
 
+var (
+	errAgentGone  = errors.New("the agent in the guest is gone")
+	errNoPowerOff = errors.New("the guest does not power off")
+)
+
 // monitor waits for the end of the machine, or of the agent, without which it
 // is of no use.
 func (s *sandbox) monitor(placed *placement) {
@@ -327,18 +333,18 @@ func (s *sandbox) monitor(placed *placement) {
 		select {
 		case <-s.vm.Done():
 		case <-time.After(lastWords):
-			log.L.Error("the agent in the guest is gone, killing the virtual machine")
+			log.L.WithError(s.hung(errAgentGone)).Error("killing the virtual machine")
 			s.vm.Kill()
 		}
 	}
 	s.agent.Close()
-	end := errors.New("the agent in the guest is gone, and the VMM does not end")
+	end := fmt.Errorf("%w, and the VMM does not end", errAgentGone)
 	status := uint32(agentclient.UnknownStatus)
 	select {
 	case <-s.vm.Done():
 		exit := s.vm.Exit()
 		end = fmt.Errorf("the virtual machine has ended: %s", exitText(exit))
-		if exit.Reason == control.ReasonKilled {
+		if exit.Reason == control.ReasonKilled || exit.Reason == control.ReasonStopped {
 			status = statusKilled
 			if placed != nil && placed.oomKills() > 0 {
 				end = fmt.Errorf("%w: the host's kernel has killed the VMM because memory ran out (the pod's, or the host's)", end)
@@ -457,7 +463,7 @@ func (s *sandbox) halt(patience time.Duration) error {
 		select {
 		case <-s.vm.Done():
 		case <-ctx.Done():
-			log.L.Warn("the guest does not power off, killing the virtual machine")
+			log.L.WithError(s.hung(errNoPowerOff)).Warn("killing the virtual machine")
 		}
 		cancel()
 	}

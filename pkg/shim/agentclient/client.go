@@ -63,14 +63,17 @@ type Client struct {
 	ttrpc *ttrpc.Client
 	rpc   agentproto.AgentClient
 	done  chan struct{}
+	silent func()
 }
 
-// New takes over the connection that the agent has opened.
-func New(conn net.Conn) *Client {
-	c := &Client{done: make(chan struct{})}
+// New takes over the connection that the agent has opened. It calls silent when
+// the agent lets the time for an answer pass, concurrently and as often as that
+// happens.
+func New(conn net.Conn, silent func()) *Client {
+	c := &Client{done: make(chan struct{}), silent: silent}
 	var once sync.Once
 	c.ttrpc = ttrpc.NewClient(&agentConn{Conn: conn},
-		ttrpc.WithUnaryClientInterceptor(intercept),
+		ttrpc.WithUnaryClientInterceptor(c.intercept),
 		ttrpc.WithOnClose(func() { once.Do(func() { close(c.done) }) }))
 	c.rpc = agentproto.NewAgentClient(c.ttrpc)
 	return c
@@ -130,12 +133,13 @@ func (c *agentConn) Write(p []byte) (int, error) {
 }
 
 // intercept sees replies before they are parsed.
-func intercept(ctx context.Context, request *ttrpc.Request, reply *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
+func (c *Client) intercept(ctx context.Context, request *ttrpc.Request, reply *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
 	if err := invoke(ctx, request, reply); err != nil {
 		if errors.Is(err, ttrpc.ErrClosed) || errors.Is(err, errLongMessage) {
 			return fmt.Errorf("the connection to the agent is lost: %w", errdefs.ErrUnavailable)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
+			c.silent()
 			return fmt.Errorf("the agent in the guest does not answer (%s): %w", request.GetMethod(), err)
 		}
 		return fmt.Errorf("agent: %w", err)

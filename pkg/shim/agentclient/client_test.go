@@ -27,7 +27,7 @@ func connect(t *testing.T, agent *agenttest.Agent) *Client {
 		t.Fatal(err)
 	}
 	go agent.Serve(guest)
-	c := New(ours)
+	c := New(ours, func() {})
 	t.Cleanup(func() { c.Close(); guest.Close() })
 	return c
 }
@@ -161,7 +161,7 @@ func raw(t *testing.T, script func(net.Conn)) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := New(ours)
+	c := New(ours, func() {})
 	t.Cleanup(func() { c.Close(); guest.Close() })
 	go script(guest)
 	return c
@@ -238,7 +238,7 @@ func FuzzReplies(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c := New(ours)
+		c := New(ours, func() {})
 		defer c.Close()
 		go func() {
 			guest.Write(data)

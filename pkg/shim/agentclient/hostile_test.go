@@ -130,7 +130,7 @@ func TestSilentAgent(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, reads %v", m.name, reads), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					ours, guest := net.Pipe()
-					c := New(ours)
+					c := New(ours, func() {})
 					if reads {
 						go io.Copy(io.Discard, guest)
 					}

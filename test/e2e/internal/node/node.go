@@ -110,7 +110,7 @@ func (n *Node) watch(t *testing.T) {
 	t.Cleanup(func() {
 		n.sameHost(t)
 		if t.Failed() {
-			t.Logf("the end of containerd's log of this test:\n%s", n.logEnd(from))
+			t.Logf("containerd's log of this test, warnings and the end:\n%s", n.logEnd(from))
 		}
 	})
 }
@@ -211,11 +211,18 @@ func (n *Node) Log(from int64) string {
 	return string(b[from:])
 }
 
-// logEnd is the last lines of Log.
+// logEnd is the last lines of Log, after the warnings and errors before them.
 func (n *Node) logEnd(from int64) string {
 	const most = 50
-	l := strings.Split(strings.TrimSpace(n.Log(from)), "\n")
-	return strings.Join(l[max(0, len(l)-most):], "\n")
+	lines := strings.Split(strings.TrimSpace(n.Log(from)), "\n")
+	end := max(0, len(lines)-most)
+	var list []string
+	for _, l := range lines[:end] {
+		if strings.Contains(l, " level=") && !strings.Contains(l, " level=info ") && !strings.Contains(l, " level=debug ") {
+			list = append(list, l)
+		}
+	}
+	return strings.Join(append(list[max(0, len(list)-most):], lines[end:]...), "\n")
 }
 
 // LogSize is the log's present end.
