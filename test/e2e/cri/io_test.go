@@ -136,6 +136,7 @@ func TestLogs(t *testing.T) {
 	}
 
 	c := p.Run(t, pods.Shell("i=0; while :; do i=$((i+1)); echo line $i; sleep 0.1; done"))
+	node.Until(t, "the log has a line", func() bool { out, _ := c.Output(t); return strings.Contains(out, "\n") })
 	if out := n.MustCrictl(t, "logs", "--tail", "1", c.ID).Stdout; !strings.HasPrefix(out, "line ") {
 		t.Errorf("crictl logs: %q", out)
 	}
