@@ -322,6 +322,31 @@ func TestPropagationHostToContainer(t *testing.T) {
 	node.Until(t, "the pod sees that it is unmounted", func() bool { return slave.Shell(t, "[ -d /v/late ] && [ ! -e /v/late/file ]").Code == 0 })
 }
 
+// An image as a volume: what is in it can be read and run, and not written. Two containers have it at a time.
+func TestImageVolume(t *testing.T) {
+	n := pods.For(t)
+	n.Provide(t, node.Web)
+	// containerd makes it for the first one, and keeps it.
+	if err := os.MkdirAll(n.Path("state/io.containerd.grpc.v1.cri/image-volumes"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	n.SetBaseline(t)
+	p := n.Pod(t)
+	for _, subPath := range []string{"", "usr/sbin"} {
+		volume := func(c *cri.ContainerConfig) {
+			c.Mounts = append(c.Mounts, &cri.Mount{
+				ContainerPath: "/volume", Readonly: true, Image: &cri.ImageSpec{Image: node.Web}, ImageSubPath: subPath,
+			})
+		}
+		c := p.Run(t, volume)
+		nginx := strings.TrimPrefix("usr/sbin/nginx", subPath+"/")
+		c.Get(t, "[ -x /volume/"+nginx+" ] && [ $(wc -c </volume/"+nginx+") -gt 100000 ]")
+		if r := c.Shell(t, "touch /volume/new"); r.Code == 0 || !strings.Contains(r.Stderr, "Read-only file system") {
+			t.Errorf("writing to the image: %s", r)
+		}
+	}
+}
+
 // An emptyDir of medium Memory is a tmpfs with a size, shared by the containers.
 func TestMemoryEmptyDir(t *testing.T) {
 	n := pods.For(t)
