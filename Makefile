@@ -66,7 +66,10 @@ guest: build kernel image # what a virtual machine consists of
 test: lint unit e2e-ci e2e-cri-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
 
 .PHONY: test-all
-test-all: lint unit privileged test-agent test-guest e2e e2e-cri e2e-k8s k8s-conformance ## every test there is: hours in the test bed
+test-all: lint unit privileged test-agent test-guest e2e-all ## every test there is: hours in the test bed
+
+.PHONY: e2e-all
+e2e-all: e2e e2e-cri critest e2e-k8s k8s-conformance chaos ## all black-box tests: hours in the test bed
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck, gosec, known vulnerabilities, shellcheck
@@ -131,6 +134,10 @@ k8s-tools: pod-tools
 .PHONY: e2e-k8s
 e2e-k8s: $(GUEST_OF_HANDLER) k8s-tools ## black-box tests of pods in Kubernetes: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks tests
 	hack/k8s-e2e.sh own $(HANDLER) $(SANDBOXER) '$(RUN)'
+
+.PHONY: e2e-kind
+e2e-kind: guest k8s-tools ## the tests of e2e-k8s in a cluster of kind's, where there are Docker and a registry: SANDBOXER, RUN picks tests
+	hack/kind/run.sh $(SANDBOXER) '$(RUN)'
 
 .PHONY: k8s-conformance
 k8s-conformance: $(GUEST_OF_HANDLER) k8s-tools ## Kubernetes' own tests of a node: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks specs
