@@ -214,7 +214,7 @@ func (c *container) createExec(ctx context.Context, execID string, spec []byte, 
 	}
 	streams, err := stdio.Open(ctx, config)
 	if err != nil {
-		return nil, fmt.Errorf("exec %s: %w: %w", execID, err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("exec %s: %w", execID, err)
 	}
 	defer func() {
 		if err != nil {

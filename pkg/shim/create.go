@@ -197,7 +197,7 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 	}
 	streams, err := stdio.Open(ctx, config)
 	if err != nil {
-		return fmt.Errorf("container %s: %w: %w", c.id, err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("container %s: %w", c.id, err)
 	}
 	defer func() {
 		if err != nil {

@@ -60,9 +60,9 @@ const (
 
 // Client speaks with one agent. All methods may be called concurrently.
 type Client struct {
-	ttrpc *ttrpc.Client
-	rpc   agentproto.AgentClient
-	done  chan struct{}
+	ttrpc  *ttrpc.Client
+	rpc    agentproto.AgentClient
+	done   chan struct{}
 	silent func()
 }
 

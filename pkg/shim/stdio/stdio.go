@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -58,12 +59,15 @@ type Streams struct {
 	closed    bool
 }
 
-// Open opens the host's ends. The caller must Close them.
+// Open opens the host's ends. The caller must Close them. Its errors are
+// errdefs.ErrInvalidArgument, as the addresses are the client's, or
+// errdefs.ErrResourceExhausted.
 func Open(ctx context.Context, c Config) (_ *Streams, err error) {
 	s := &Streams{drained: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			s.Close()
+			err = fmt.Errorf("%w: %w", err, kind(err))
 		}
 	}()
 	if c.Terminal {
@@ -100,6 +104,16 @@ func Open(ctx context.Context, c Config) (_ *Streams, err error) {
 		}
 	}
 	return s, nil
+}
+
+// kind is what an error of Open means to the client.
+func kind(err error) error {
+	for _, lack := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN} {
+		if errors.Is(err, lack) {
+			return errdefs.ErrResourceExhausted
+		}
+	}
+	return errdefs.ErrInvalidArgument
 }
 
 // split takes a stream's address apart. Without a scheme it is a path, in

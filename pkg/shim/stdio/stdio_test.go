@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
@@ -326,6 +327,31 @@ func TestBadStreams(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%+v: error %v does not say %q", test.config, err, test.want)
 		}
+		if !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%+v: %v is not the client's doing", test.config, err)
+		}
+	}
+}
+
+// That there are no descriptors is not the client's fault.
+func TestNoDescriptors(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "stdout")
+	if err := unix.Mkfifo(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Open(context.Background(), Config{Stdout: path})
+	if e := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); e != nil {
+		t.Fatal(e)
+	}
+	if !errdefs.IsResourceExhausted(err) || errdefs.IsInvalidArgument(err) {
+		t.Errorf("open: %v", err)
 	}
 }
 
