@@ -419,6 +419,9 @@ func (s *sandbox) dialStream(ctx context.Context, id uint64) (*net.UnixConn, err
 	defer cancel()
 	conn, err := s.vm.Dial(ctx, agentclient.StreamPort)
 	if err != nil {
+		if ctx.Err() != nil {
+			s.silent()
+		}
 		return nil, fmt.Errorf("stream: %w", err)
 	}
 	if deadline, ok := ctx.Deadline(); ok {
