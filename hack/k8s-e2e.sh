@@ -111,7 +111,7 @@ machine() {
 	until [ -e "$OUT/rc" ]; do sleep 1; done
 	logs /var/tmp/k8s
 	# What groups.sh looks for.
-	grep -h -e 'reason=triple-fault' -e 'the guest does not answer' "$OUT/containerd.log" || :
+	grep -h -e triple-fault -e 'the guest does not answer' "$OUT/containerd.log" || :
 	exit "$(grep . "$OUT/rc" || echo 1)"
 }
 

@@ -16,7 +16,7 @@ run_group() {
 	for try in 1 2; do
 		rc=0
 		"$@" 2>&1 | tee "$output" || rc=${PIPESTATUS[0]}
-		if [ "$rc" != 0 ] && in_machine "$output" 'reason=triple-fault'; then rc=125; fi
+		if [ "$rc" != 0 ] && in_machine "$output" triple-fault; then rc=125; fi
 		if [ "$rc" = 125 ]; then
 			say "INFRASTRUCTURE FAILURE (try $try): $name"
 			again+=("infrastructure failure in: $name")
