@@ -23,7 +23,10 @@ const maxVolumeFiles = 64
 // does (pkg/volume/util/atomic_writer.go): the symbolic link ..data is replaced,
 // and leads to a directory beside it that holds the files.
 type volume struct {
-	files []*os.File // O_PATH, of the last time
+	// files of the last time. They are open, so that the file server on the host
+	// keeps them too: what is only looked up there is ESTALE once the host has
+	// removed it.
+	files []*os.File
 }
 
 // VolumeChanged has inotify watches fire.
@@ -224,18 +227,31 @@ func volumeFiles(dir *os.File) ([]*os.File, error) {
 	}
 	var files []*os.File
 	for _, name := range names {
-		fd, err := unix.Openat(int(data.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		f, err := openRegular(int(data.Fd()), name)
 		if err != nil {
-			continue
-		}
-		f := os.NewFile(uintptr(fd), name)
-		if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-			f.Close()
 			continue
 		}
 		files = append(files, f)
 	}
 	return files, nil
+}
+
+// openRegular opens a file for reading if it is a regular one. To open any other
+// may wait, or do something.
+func openRegular(at int, name string) (*os.File, error) {
+	fd, err := unix.Openat(at, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, errors.New("no regular file")
+	}
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
 }
 
 // openBelow opens a directory, and not through a symbolic link.
