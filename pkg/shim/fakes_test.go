@@ -263,6 +263,8 @@ func (t *fakeTree) Add(id string, rootfs share.Rootfs, mounts []guestspec.Mount)
 	return nil
 }
 
+func (t *fakeTree) OnHost(f func() error) error { return f() }
+
 func (t *fakeTree) Mount(id string, n int) string {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -82,15 +82,22 @@ func (s *service) plan(r *taskapi.CreateTaskRequest, first bool) (*plan, error) 
 		p.rootfs = share.Rootfs{InGuest: true}
 		p.storages, in.Root = inGuest.storages, inGuest.path
 	}
+	// The first container's mounts were there when this process got its mount
+	// namespace.
+	onHost := func(f func() error) error { return f() }
 	if !first {
 		in.Shm = s.sandbox.shm
+		onHost = s.sandbox.tree.OnHost
 	}
 	if pod != nil {
 		in.Pod = true
 		pod.addMounts(spec)
 	}
-	rewritten, err := guestspec.Rewrite(spec, in)
-	if err != nil {
+	var rewritten *guestspec.Result
+	if err := onHost(func() (err error) {
+		rewritten, err = guestspec.Rewrite(spec, in)
+		return err
+	}); err != nil {
 		return nil, err
 	}
 	data, err := json.Marshal(rewritten.Spec)

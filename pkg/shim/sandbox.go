@@ -73,6 +73,7 @@ type placement struct {
 type tree interface {
 	Open() (*os.File, error)
 	Add(id string, rootfs share.Rootfs, mounts []guestspec.Mount) error
+	OnHost(f func() error) error
 	Mount(id string, n int) string
 	Remove(id string) error
 	Close() error

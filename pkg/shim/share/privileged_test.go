@@ -185,6 +185,9 @@ func TestMountsOfTheHost(t *testing.T) {
 	t.Cleanup(func() {
 		in(hostNamespace(), func() error { return unix.Unmount(source, unix.MNT_DETACH) })
 	})
+	if err := tree.OnHost(func() error { _, err := os.Stat(filepath.Join(source, "sub/file")); return err }); err != nil {
+		t.Errorf("who looks on the host: %v", err)
+	}
 	err = tree.Add("c1", Rootfs{Path: source}, []guestspec.Mount{
 		{Source: source, Recursive: true},
 		{Source: source},

@@ -297,7 +297,7 @@ func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 		recursive = unix.AT_RECURSIVE
 	}
 	var fd int
-	err := in(t.host, func() (err error) {
+	err := t.OnHost(func() (err error) {
 		fd, err = unix.OpenTree(unix.AT_FDCWD, m.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|recursive)
 		return err
 	})
@@ -352,6 +352,10 @@ func idMap(mappings []specs.LinuxIDMapping) string {
 	}
 	return strings.Join(list, ",")
 }
+
+// OnHost runs f where the host's mounts are as they are now. Those that came
+// after this process show in its own namespace only if the host's are shared.
+func (t *Tree) OnHost(f func() error) error { return in(t.host, f) }
 
 // in runs f in another mount namespace, on a thread that ends with it.
 func in(namespace *os.File, f func() error) error {
