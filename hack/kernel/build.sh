@@ -45,12 +45,13 @@ verify_config() {
 }
 
 # correct: changes the one line of the source that no configuration does. What FUSE mounts by itself where the host has a
-# mount, which is everything that a container sees of a share, gets no SB_POSIXACL: there are no ACLs then, and those that
-# the host has are not looked at.
+# mount, which is everything that a container sees of a share, gets neither SB_POSIXACL, without which there are no ACLs and
+# those of the host are not looked at, nor SB_NOSEC, without which each write(2) is two requests: it asks for the file's
+# capabilities first, as if the file server would not drop them (FUSE_HANDLE_KILLPRIV_V2).
 correct() {
 	local file=fs/fuse/inode.c line='sb->s_xattr = parent_sb->s_xattr;'
-	sed -i "s/^\t$line\$/&\n\tsb->s_flags |= parent_sb->s_flags \& SB_POSIXACL;/" $file
-	[ "$(grep -c 'parent_sb->s_flags & SB_POSIXACL;$' $file)" = 1 ] || die "$file is not what it was: $line"
+	sed -i "s/^\t$line\$/&\n\tsb->s_flags |= parent_sb->s_flags \& (SB_POSIXACL | SB_NOSEC);/" $file
+	[ "$(grep -c 'parent_sb->s_flags & (SB_POSIXACL | SB_NOSEC);$' $file)" = 1 ] || die "$file is not what it was: $line"
 }
 
 # compile: runs make with its output in a log, and tells how far it is.
