@@ -194,6 +194,9 @@ func (c *trial) hold(t *testing.T) {
 	}
 }
 
+// shortID is how much of an id crictl prints.
+const shortID = 13
+
 // truth fails the test unless CRI, crictl and ctr say what has become of the pod, and returns that.
 func (c *trial) truth(t *testing.T) string {
 	t.Helper()
@@ -222,7 +225,7 @@ func (c *trial) truth(t *testing.T) string {
 		task := strings.Contains(line(n.MustCtr(t, "tasks", "ls").Stdout, c.container.ID), "RUNNING")
 		return runs == task && (c.containerFate == either || runs == (c.containerFate == lives))
 	})
-	if got := line(n.MustCrictl(t, "ps", "-a", "--id", c.container.ID).Stdout, "c1"); !strings.Contains(got, crictlStates[status.State]) {
+	if got := line(n.MustCrictl(t, "ps", "-a", "--id", c.container.ID).Stdout, c.container.ID[:shortID]); !strings.Contains(got, crictlStates[status.State]) {
 		t.Errorf("%v: crictl shows %s", status.State, got)
 	}
 	if status.State == cri.ContainerState_CONTAINER_RUNNING {
