@@ -51,10 +51,16 @@ X
 		sleep 1000`))
 }
 
+// await waits until it can be pulled.
+func (l *lever) await(t *testing.T) {
+	t.Helper()
+	node.Until(t, "the lever is ready", func() bool { return node.Exists(l.dir, "ready") })
+}
+
 // pull has it act, a second later or so.
 func (l *lever) pull(t *testing.T) {
 	t.Helper()
-	node.Until(t, "the lever is ready", func() bool { return node.Exists(l.dir, "ready") })
+	l.await(t)
 	if err := os.WriteFile(filepath.Join(l.dir, "go"), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -174,6 +174,9 @@ func (c *trial) kill(t *testing.T) {
 func (c *trial) during(t *testing.T, call func() error) error {
 	t.Helper()
 	c.hold(t)
+	if c.lever != nil {
+		c.lever.await(t) // the call may end it
+	}
 	result := make(chan error, 1)
 	go func() { result <- call() }()
 	if c.victim != crashAgent {
