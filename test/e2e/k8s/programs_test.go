@@ -80,15 +80,20 @@ install -d -o postgres -g postgres -m 700 /v/data
 test -e /v/data/PG_VERSION || as initdb -D /v/data --auth trust >/dev/null
 exec setpriv --reuid postgres --regid postgres --clear-groups -- postgres -D /v/data -k /tmp -c listen_addresses='*'
 `, 5432, "volumeMounts: [{name: v, mountPath: /v}]\nresources: {limits: {memory: 512Mi}}", "volumes: [{name: v, persistentVolumeClaim: {claimName: claim}}]"))
-	s.available(t, "postgres")
 	const psql = "psql -h /tmp -U postgres -tAc "
-	first := s.running(t, "app=postgres")[0]
+	// Its port is open before it answers, and that is what makes it available.
+	pod := func() string {
+		s.available(t, "postgres")
+		name := s.running(t, "app=postgres")[0]
+		s.until(t, "postgres answers", func() bool { return s.try("exec", name, "--", "sh", "-c", psql+"'select 1'").stdout == "1\n" })
+		return name
+	}
+	first := pod()
 	s.sh(t, first, "pgbench -h /tmp -U postgres -q -i -s 1 postgres 2>&1")
 	t.Log(s.sh(t, first, "pgbench -h /tmp -U postgres -c 2 -T 5 postgres 2>&1"))
 	s.sh(t, first, psql+"'create table kept as select generate_series(1, 1000) as n'")
 	s.kubectl(t, "delete", "pod", first, "--timeout", patience().String())
-	s.available(t, "postgres")
-	second := s.running(t, "app=postgres")[0]
+	second := pod()
 	if second == first {
 		t.Fatal("the pod is the same")
 	}
