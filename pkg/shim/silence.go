@@ -19,9 +19,13 @@ import (
 const silenceSpan = time.Second
 
 // silent notes in the log what the machine does while its agent does not
-// answer. One look at a time is enough: requests time out together.
+// answer. One look at a time is enough: requests time out together. Of one that
+// is on its way to its end nothing is noted.
 func (s *sandbox) silent() {
-	if s.vm == nil || !s.asking.TryLock() {
+	s.mu.Lock()
+	stopping := s.stopping
+	s.mu.Unlock()
+	if stopping || s.alive() != nil || !s.asking.TryLock() {
 		return
 	}
 	go func() {
