@@ -63,7 +63,7 @@ proto: ## generate the Go code of the protocols
 guest: build kernel image # what a virtual machine consists of
 
 .PHONY: test
-test: lint unit e2e-ci e2e-cri-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
+test: lint unit e2e-ci e2e-cri-ci soak-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
 
 .PHONY: test-all
 test-all: lint unit privileged test-agent test-guest e2e-all ## every test there is: hours in the test bed
@@ -121,6 +121,10 @@ soak: RUN = ^TestSoak$$
 soak: export E2E_LIMIT = 100000
 soak: $(GUEST_OF_HANDLER) pod-tools ## start and remove 1000 pods (CYCLES), with a table and a plot of what that costs in report/: HANDLER, SANDBOXER
 	@$(CHAOS)
+
+.PHONY: soak-ci
+soak-ci: guest pod-tools
+	E2E_CYCLES=30 hack/e2e.sh '^TestSoak$$' chaos
 
 .PHONY: critest
 critest: $(GUEST_OF_HANDLER) pod-tools ## CRI's conformance tests: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks specs
