@@ -2,8 +2,8 @@
 # Runs a suite in groups that fit one machine of the test bed; sourced after tools/lib.sh, never run.
 # The emulated machine freezes once in a while, and its emulated SVM resets a guest once in a hundred starts or so (see README.md in
 # this directory). A group that had either is run once more, and said so; if that happens again the group is listed as not run.
-# A guest that has stopped to answer, which happens there once in a hundred pods or so and is not understood yet, has its group run
-# once more too, and said so; but if it happens again the group has failed.
+# A guest that has stopped to answer, which is more rare and may be the same, has its group run once more too, and said so; but if it
+# happens again the group has failed. What is known of all three is in docs/limits.md.
 
 groups=0 failed=() not_run=() again=()
 
