@@ -59,7 +59,7 @@ func (s *sandbox) machineStats() (control.Stats, error) {
 func changed(before, after map[string]uint64) string {
 	var list []string
 	for _, name := range slices.Sorted(maps.Keys(after)) {
-		if n := int64(after[name] - before[name]); n != 0 { // #nosec G115 -- a gauge may go down
+		if n := int64(after[name] - before[name]); n != 0 { // a gauge may go down
 			list = append(list, fmt.Sprintf("%s %+d", name, n))
 		}
 	}
