@@ -104,8 +104,12 @@ beside() {
 	mv "$OUT/rc.new" "$OUT/rc"
 }
 
-# machine: the node, in the machine.
+# machine: the node, in the machine. Its files are on a disk of their own: tmpfs, which /var/tmp is, cannot map ids in Linux 6.1.
 machine() {
+	truncate -s 16G /var/tmp/disk
+	mkfs.ext4 -q /var/tmp/disk
+	mkdir /var/tmp/k8s
+	mount -o loop,discard /var/tmp/disk /var/tmp/k8s
 	until [ -e "$OUT/credentials" ] || [ -e "$OUT/rc" ]; do sleep 0.5; done
 	hack/k8s.sh node /var/tmp/k8s "$OUT/credentials" || touch "$OUT/rc"
 	until [ -e "$OUT/rc" ]; do sleep 1; done
@@ -134,7 +138,7 @@ esac
 export SUITE=$1 HANDLER=${2:-microvm} CRI=${3:-podsandbox} OUT STATE
 pattern=${4:-.}
 case $CRI in podsandbox | shim) ;; *) die "unknown sandboxer $CRI" ;; esac
-packages openssl nftables util-linux
+packages openssl nftables util-linux e2fsprogs
 (cd test/e2e/k8s && CGO_ENABLED=0 go test -c -trimpath -tags e2e -o "$REPO/bin/e2e-k8s.test" .)
 (cd hack/images && CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$REPO/bin/" ./registry)
 
