@@ -148,6 +148,10 @@ kept=$REPO/bin/k8s/$SUITE-$HANDLER-$CRI
 rm -rf "$kept"
 mkdir -p "$kept"
 names "$pattern" >"$kept/all" || die "no test is called $pattern"
+if [ $where = bed ] && grep -qx TestHostUsers "$kept/all"; then
+	say "NOT RUN: TestHostUsers: the token that a pod gets is on tmpfs, which cannot map ids before Linux 6.3; the test bed has 6.1"
+	sed -i '/^TestHostUsers$/d' "$kept/all"
+fi
 STATE=$(mktemp -d /var/tmp/k8s.XXXX)
 trap 'rm -rf "$STATE" "${SCRATCH:-}"' EXIT
 split -d -a 3 -l "${GROUP:-$group}" "$kept/all" "$kept/group-"

@@ -333,7 +333,11 @@ func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 		if !change.needed {
 			continue
 		}
-		if err := unix.MountSetattr(fd, "", change.flags|unix.AT_EMPTY_PATH, &change.attr); err != nil {
+		err := unix.MountSetattr(fd, "", change.flags|unix.AT_EMPTY_PATH, &change.attr)
+		if errors.Is(err, unix.EINVAL) && change.attr.Userns_fd != 0 {
+			return fmt.Errorf("the host's file system cannot map ids (tmpfs can from Linux 6.3 on): %w", err)
+		}
+		if err != nil {
 			return fmt.Errorf("mount_setattr: %w", err)
 		}
 	}
