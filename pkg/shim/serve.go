@@ -34,6 +34,9 @@ const (
 	// lastAnswers bounds the time for answers and events that are on their way
 	// when the shim ends.
 	lastAnswers = time.Second
+	// firstCall is how long containerd may take to connect after start. One that
+	// has ended start when its client went away never does.
+	firstCall = time.Minute
 	// killPatience is how long a guest may take to do what the kernel of a
 	// host does at once.
 	killPatience = 30 * time.Second
@@ -49,7 +52,7 @@ func (p *Program) serve(in bootstrap.Invocation, stdin io.Reader) error {
 		return err
 	}
 	if _, err := io.WriteString(report, readyMessage); err != nil {
-		return err // start is gone
+		return errors.Join(err, d.end()) // start is gone
 	}
 	report.Close()
 	return d.run()
@@ -129,7 +132,11 @@ func (d *daemon) run() error {
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
 
 	served := make(chan error, 1)
-	go func() { served <- d.server.Serve(context.Background(), d.listener) }()
+	called := awaitCall(d.listener, firstCall, func() {
+		log.L.Warn("nobody has called since the shim was started")
+		d.closeDoor()
+	})
+	go func() { served <- d.server.Serve(context.Background(), called) }()
 	var err error
 	select {
 	case <-d.shutdown:
@@ -143,6 +150,25 @@ func (d *daemon) run() error {
 		}
 	}
 	return errors.Join(err, d.end())
+}
+
+// callListener is a listener whose timer the first connection stops.
+type callListener struct {
+	net.Listener
+	timer *time.Timer
+}
+
+// awaitCall calls never if l has accepted no connection within a time.
+func awaitCall(l net.Listener, within time.Duration, never func()) net.Listener {
+	return &callListener{l, time.AfterFunc(within, never)}
+}
+
+func (l *callListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.timer.Stop()
+	}
+	return conn, err
 }
 
 // closeDoor ends the service for those who are not connected. Whoever got the
