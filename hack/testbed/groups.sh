@@ -7,6 +7,9 @@
 
 groups=0 failed=() not_run=() again=()
 
+# What a log says of the two. No test has a guest shut down by a triple fault on purpose.
+RESET='triple-fault' SILENT='the guest does not answer'
+
 # run_group NAME COMMAND...: runs it, twice at most. It ends with 125 when its machine ended without an exit code.
 run_group() {
 	local name=$1 rc try output
@@ -16,11 +19,11 @@ run_group() {
 	for try in 1 2; do
 		rc=0
 		"$@" 2>&1 | tee "$output" || rc=${PIPESTATUS[0]}
-		if [ "$rc" != 0 ] && in_machine "$output" triple-fault; then rc=125; fi
+		if [ "$rc" != 0 ] && in_machine "$output" "$RESET"; then rc=125; fi
 		if [ "$rc" = 125 ]; then
 			say "INFRASTRUCTURE FAILURE (try $try): $name"
 			again+=("infrastructure failure in: $name")
-		elif [ "$rc" != 0 ] && [ "$try" = 1 ] && in_machine "$output" 'the guest does not answer'; then
+		elif [ "$rc" != 0 ] && [ "$try" = 1 ] && in_machine "$output" "$SILENT"; then
 			say "A GUEST THAT DOES NOT ANSWER: $name"
 			again+=("a guest that does not answer in: $name")
 		else
@@ -35,8 +38,7 @@ run_group() {
 	esac
 }
 
-# in_machine OUTPUT TEXT: does the output of a group in the emulated machine say so? No test has a guest shut down by a triple fault
-# on purpose.
+# in_machine OUTPUT TEXT: does the output of a group in the emulated machine say so?
 in_machine() {
 	grep -qa '^testbed: running in the outer machine' "$1" && grep -qa "$2" "$1"
 }

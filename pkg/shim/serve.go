@@ -159,7 +159,7 @@ type callListener struct {
 }
 
 // awaitCall calls never if l has accepted no connection within a time.
-func awaitCall(l net.Listener, within time.Duration, never func()) net.Listener {
+func awaitCall(l net.Listener, within time.Duration, never func()) *callListener {
 	return &callListener{l, time.AfterFunc(within, never)}
 }
 
