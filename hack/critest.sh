@@ -22,8 +22,9 @@ LIMIT=1500   # seconds for one group
 # - AppArmor, in virtual machines: the guest's kernel has none. critest asks the host's kernel, and skips them by itself if
 #   that has none either.
 # - What is mounted in a virtual machine cannot appear on the host: rshared is refused.
+# - A virtual machine cannot share the host's namespaces: hostNetwork, hostPID and hostIPC are refused.
 LEFT_OUT='public image with digest'
-LEFT_OUT_OF_GUESTS="AppArmor|mount with 'rshared'"
+LEFT_OUT_OF_GUESTS="AppArmor|mount with 'rshared'|HostNetwork is true|HostPID|HostIpc is true|portforward in host network"
 
 # The part that runs beside the runtime. usage: inside HANDLER SANDBOXER REPORTS GROUP; reads REPORTS/GROUP.specs
 inside() {
