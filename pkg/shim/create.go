@@ -179,14 +179,14 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 	}
 	defer func() {
 		if err != nil {
-			runPoststop(ctx, c.hooks.Poststop, c.hookState)
+			runPoststop(ctx, c.sandbox.tree.OnHost, c.hooks.Poststop, c.hookState)
 		}
 	}()
 	//lint:ignore SA1019 deprecated, but in use
 	prestart := c.hooks.Prestart
-	err = runHooks(ctx, "prestart", prestart, c.hookState)
+	err = runHooks(ctx, c.sandbox.tree.OnHost, "prestart", prestart, c.hookState)
 	if err == nil {
-		err = runHooks(ctx, "createRuntime", c.hooks.CreateRuntime, c.hookState)
+		err = runHooks(ctx, c.sandbox.tree.OnHost, "createRuntime", c.hooks.CreateRuntime, c.hookState)
 	}
 	if err != nil {
 		return fmt.Errorf("container %s: %w", c.id, err)

@@ -248,6 +248,7 @@ type fakeTree struct {
 	mounts map[string][]guestspec.Mount
 	fail   error
 	open   bool
+	onHost atomic.Int32
 }
 
 func (t *fakeTree) Open() (*os.File, error) { return os.Open(os.DevNull) }
@@ -263,7 +264,10 @@ func (t *fakeTree) Add(id string, rootfs share.Rootfs, mounts []guestspec.Mount)
 	return nil
 }
 
-func (t *fakeTree) OnHost(f func() error) error { return f() }
+func (t *fakeTree) OnHost(f func() error) error {
+	t.onHost.Add(1)
+	return f()
+}
 
 func (t *fakeTree) Mount(id string, n int) string {
 	t.mu.Lock()

@@ -17,10 +17,10 @@ import (
 // hookTimeout bounds a hook that names no time of its own.
 const hookTimeout = time.Minute
 
-// runHooks runs hooks of the host's, one after the other, with the container's
-// state on their stdin, until one fails.
+// runHooks runs hooks one after the other, with the container's state on their
+// stdin, until one fails: on the host, whose mounts onHost leads to, see tree.
 // https://github.com/opencontainers/runtime-spec/blob/v1.3.0/config.md#posix-platform-hooks
-func runHooks(ctx context.Context, kind string, hooks []specs.Hook, state specs.State) error {
+func runHooks(ctx context.Context, onHost func(func() error) error, kind string, hooks []specs.Hook, state specs.State) error {
 	if len(hooks) == 0 {
 		return nil
 	}
@@ -29,7 +29,7 @@ func runHooks(ctx context.Context, kind string, hooks []specs.Hook, state specs.
 		return fmt.Errorf("%s hooks: %w", kind, err)
 	}
 	for _, h := range hooks {
-		if err := runHook(ctx, h, input); err != nil {
+		if err := onHost(func() error { return runHook(ctx, h, input) }); err != nil {
 			return fmt.Errorf("%s hook %s: %w", kind, h.Path, err)
 		}
 	}
@@ -38,11 +38,11 @@ func runHooks(ctx context.Context, kind string, hooks []specs.Hook, state specs.
 
 // runPoststop runs all of the hooks for the end of a container. It does so
 // whatever becomes of the caller: they undo what the first hooks did.
-func runPoststop(ctx context.Context, hooks []specs.Hook, state specs.State) {
+func runPoststop(ctx context.Context, onHost func(func() error) error, hooks []specs.Hook, state specs.State) {
 	ctx = context.WithoutCancel(ctx)
 	state.Status = specs.StateStopped
 	for _, h := range hooks {
-		if err := runHooks(ctx, "poststop", []specs.Hook{h}, state); err != nil {
+		if err := runHooks(ctx, onHost, "poststop", []specs.Hook{h}, state); err != nil {
 			log.L.WithError(err).Warnf("container %s", state.ID)
 		}
 	}

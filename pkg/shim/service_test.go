@@ -470,6 +470,9 @@ func TestHooks(t *testing.T) {
 	if err != nil || string(data) != want {
 		t.Errorf("%q, %v", data, err)
 	}
+	if n := f.tree.onHost.Load(); n != 3 {
+		t.Errorf("%d of 3 hooks ran on the host", n)
+	}
 }
 
 // What hooks have set up is undone when the container does not come, or is

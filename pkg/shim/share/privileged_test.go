@@ -188,6 +188,13 @@ func TestMountsOfTheHost(t *testing.T) {
 	if err := tree.OnHost(func() error { _, err := os.Stat(filepath.Join(source, "sub/file")); return err }); err != nil {
 		t.Errorf("who looks on the host: %v", err)
 	}
+	// A hook's program.
+	if err := tree.OnHost(exec.Command("/bin/test", "-d", filepath.Join(source, "sub/sub")).Run); err != nil {
+		t.Errorf("a program that is started on the host: %v", err)
+	}
+	if err := tree.Add("c2", Rootfs{Path: filepath.Join(source, "sub/sub")}, nil); err != nil {
+		t.Errorf("a root file system that came after the shim: %v", err)
+	}
 	err = tree.Add("c1", Rootfs{Path: source}, []guestspec.Mount{
 		{Source: source, Recursive: true},
 		{Source: source},

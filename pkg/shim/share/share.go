@@ -181,8 +181,11 @@ func (t *Tree) addRootfs(c *content, id string, rootfs Rootfs) error {
 	case len(rootfs.Mounts) > 0:
 		return t.mountAll(c, target, rootfs.Mounts)
 	}
-	info, err := os.Stat(rootfs.Path)
-	if err != nil {
+	var info fs.FileInfo
+	if err := t.OnHost(func() (err error) {
+		info, err = os.Stat(rootfs.Path)
+		return err
+	}); err != nil {
 		return err
 	}
 	if !info.IsDir() {
