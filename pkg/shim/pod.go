@@ -86,7 +86,42 @@ func newPod(id, bundle, netns string, options *anypb.Any) (*pod, error) {
 			return nil, fmt.Errorf("the pod is to share the host's %s namespace: a virtual machine cannot: %w", n.name, errdefs.ErrNotImplemented)
 		}
 	}
+	if err := checkUserNamespace(namespaces.GetUsernsOptions()); err != nil {
+		return nil, fmt.Errorf("sandbox %s: %w", id, err)
+	}
 	return p, nil
+}
+
+// checkUserNamespace checks what the CRI plugin does where it makes the sandbox
+// (internal/cri/server/podsandbox/sandbox_run_linux.go): the containers get
+// their mappings from it.
+func checkUserNamespace(o *podconfig.UserNamespace) error {
+	uids, gids := idMappings(o.GetUids()), idMappings(o.GetGids())
+	switch o.GetMode() {
+	case podconfig.NamespaceMode_NODE:
+		if len(uids)+len(gids) > 0 {
+			return fmt.Errorf("ids are mapped for a pod that is to have no user namespace of its own: %w", errdefs.ErrInvalidArgument)
+		}
+		return nil
+	case podconfig.NamespaceMode_POD:
+	default:
+		return fmt.Errorf("a pod's user namespace cannot be of mode %s: %w", o.GetMode(), errdefs.ErrInvalidArgument)
+	}
+	if o == nil {
+		return nil
+	}
+	if len(uids) > 1 || len(gids) > 1 {
+		return fmt.Errorf("a pod's user namespace has one mapping of users and one of groups: %w", errdefs.ErrInvalidArgument)
+	}
+	return guestspec.CheckIDMappings("the pod", uids, gids)
+}
+
+func idMappings(list []*podconfig.IDMapping) []specs.LinuxIDMapping {
+	var mappings []specs.LinuxIDMapping
+	for _, m := range list {
+		mappings = append(mappings, specs.LinuxIDMapping{ContainerID: m.GetContainerId(), HostID: m.GetHostId(), Size: m.GetLength()})
+	}
+	return mappings
 }
 
 func (p *pod) pid() uint32 { return uint32(p.sandbox.vm.Pid()) }

@@ -317,6 +317,12 @@ func TestSandboxAPIRefuses(t *testing.T) {
 		}}
 	}
 	const node = cri.NamespaceMode_NODE
+	users := func(mode cri.NamespaceMode, ids ...*cri.IDMapping) *anypb.Any {
+		return podConfig(t, host(func(o *cri.NamespaceOption) {
+			o.UsernsOptions = &cri.UserNamespace{Mode: mode, Uids: ids, Gids: ids}
+		}))
+	}
+	ids := &cri.IDMapping{HostId: 65536, Length: 65536}
 	for _, test := range []struct {
 		name    string
 		bundle  string
@@ -327,6 +333,12 @@ func TestSandboxAPIRefuses(t *testing.T) {
 		{"hostNetwork", "/b", podConfig(t, host(func(o *cri.NamespaceOption) { o.Network = node })), "hostNetwork", errdefs.IsNotImplemented},
 		{"hostPID", "/b", podConfig(t, host(func(o *cri.NamespaceOption) { o.Pid = node })), "hostPID", errdefs.IsNotImplemented},
 		{"hostIPC", "/b", podConfig(t, host(func(o *cri.NamespaceOption) { o.Ipc = node })), "hostIPC", errdefs.IsNotImplemented},
+		{"ids mapped without a user namespace", "/b", users(node, ids), "no user namespace", errdefs.IsInvalidArgument},
+		{"another container's user namespace", "/b", users(cri.NamespaceMode_TARGET), "TARGET", errdefs.IsInvalidArgument},
+		{"a user namespace without mappings", "/b", users(cri.NamespaceMode_POD), "how user ids are mapped", errdefs.IsInvalidArgument},
+		{"several mappings", "/b", users(cri.NamespaceMode_POD, ids, ids), "one mapping", errdefs.IsInvalidArgument},
+		{"nobody to be root", "/b", users(cri.NamespaceMode_POD, &cri.IDMapping{ContainerId: 1, HostId: 65536, Length: 65536}), "user id 0", errdefs.IsInvalidArgument},
+		{"a range without ids", "/b", users(cri.NamespaceMode_POD, &cri.IDMapping{HostId: 65536}), "user id 0", errdefs.IsInvalidArgument},
 		{"other options", "/b", &anypb.Any{TypeUrl: "containerd.runc.v1.Options"}, "containerd.runc.v1.Options", errdefs.IsInvalidArgument},
 		{"broken options", "/b", &anypb.Any{TypeUrl: "x/runtime.v1.PodSandboxConfig", Value: []byte{0xff}}, "options", errdefs.IsInvalidArgument},
 		{"no bundle", "b", nil, "absolute", errdefs.IsInvalidArgument},

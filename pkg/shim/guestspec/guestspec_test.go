@@ -342,6 +342,17 @@ func TestShm(t *testing.T) {
 	if _, err := ReadSandbox(pod); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "hostPID") {
 		t.Errorf("hostPID: %v", err)
 	}
+	pod = base()
+	pod.Linux.Namespaces = append(pod.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	pod.Linux.UIDMappings = []specs.LinuxIDMapping{{HostID: 65536, Size: 65536}}
+	pod.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 1, HostID: 65536, Size: 65536}}
+	if _, err := ReadSandbox(pod); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "group id 0") {
+		t.Errorf("nobody to be root: %v", err)
+	}
+	pod.Linux.GIDMappings = pod.Linux.UIDMappings
+	if _, err := ReadSandbox(pod); err != nil {
+		t.Errorf("mapped ids: %v", err)
+	}
 	pod.Linux = nil
 	if _, err := ReadSandbox(pod); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("without linux: %v", err)
@@ -498,7 +509,7 @@ func TestRefused(t *testing.T) {
 		}, "/proc/1/ns/time", false},
 		{"users without mappings", func(s *specs.Spec) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/proc/1/ns/user"})
-		}, "how ids are mapped", true},
+		}, "how user ids are mapped", true},
 		{"mapped memory", func(s *specs.Spec) {
 			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "tmpfs", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
 		}, "mapped in bind mounts only", false},

@@ -57,8 +57,8 @@ func namespaces(r *Result, in Input) error {
 		case specs.UserNamespace:
 			// The sandbox has one with these mappings, which its containers
 			// share.
-			if len(spec.Linux.UIDMappings) == 0 || len(spec.Linux.GIDMappings) == 0 {
-				return invalid("container %s is to have a user namespace, but there is nothing about how ids are mapped", in.ID)
+			if err := CheckIDMappings("container "+in.ID, spec.Linux.UIDMappings, spec.Linux.GIDMappings); err != nil {
+				return err
 			}
 			ns.Path = ""
 		default:
@@ -97,6 +97,23 @@ func checkNamespaces(who string, list []specs.LinuxNamespace) error {
 	} {
 		if !hasNamespace(list, needed.kind) {
 			return unsupported("%s is to share the host's %s namespace: a virtual machine cannot", who, needed.name)
+		}
+	}
+	return nil
+}
+
+// CheckIDMappings refuses what a user namespace cannot be made with: who sets up
+// the container is root in there.
+func CheckIDMappings(who string, uids, gids []specs.LinuxIDMapping) error {
+	for _, ids := range []struct {
+		kind     string
+		mappings []specs.LinuxIDMapping
+	}{{"user", uids}, {"group", gids}} {
+		if len(ids.mappings) == 0 {
+			return invalid("%s is to have a user namespace, but there is nothing about how %s ids are mapped", who, ids.kind)
+		}
+		if !slices.ContainsFunc(ids.mappings, func(m specs.LinuxIDMapping) bool { return m.ContainerID == 0 && m.Size > 0 }) {
+			return invalid("%s is to have a user namespace whose %s id 0 is mapped to none", who, ids.kind)
 		}
 	}
 	return nil

@@ -45,6 +45,11 @@ func ReadSandbox(spec *specs.Spec) (*Sandbox, error) {
 	if err := checkNamespaces("the pod", spec.Linux.Namespaces); err != nil {
 		return nil, err
 	}
+	if hasNamespace(spec.Linux.Namespaces, specs.UserNamespace) {
+		if err := CheckIDMappings("the pod", spec.Linux.UIDMappings, spec.Linux.GIDMappings); err != nil {
+			return nil, err
+		}
+	}
 	r := &Result{Spec: spec}
 	if err := hooks(r, Input{ID: "of the pod"}); err != nil {
 		return nil, err
