@@ -110,12 +110,9 @@ beside() {
 	mv "$OUT/rc.new" "$OUT/rc"
 }
 
-# machine: the node, in the machine. Its files are on a disk of their own: tmpfs, which /var/tmp is, cannot map ids in Linux 6.1.
+# machine: the node, in the machine.
 machine() {
-	truncate -s 16G /var/tmp/disk
-	mkfs.ext4 -q /var/tmp/disk
-	mkdir /var/tmp/k8s
-	mount -o loop,discard /var/tmp/disk /var/tmp/k8s
+	disk /var/tmp/k8s
 	until [ -e "$OUT/credentials" ] || [ -e "$OUT/rc" ]; do sleep 0.5; done
 	hack/k8s.sh node /var/tmp/k8s "$OUT/credentials" || touch "$OUT/rc"
 	until [ -e "$OUT/rc" ]; do sleep 1; done
