@@ -8,9 +8,9 @@
 # STATE/config.toml is the shim's own configuration, through MICROVM_CONFIG; STATE/env may set variables for containerd
 # and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un.
 #
-# With CRI=podsandbox or CRI=shim in the environment it is a node for pods too, with the runtime handlers runc and microvm, of
-# which the latter has that sandboxer and CRI_DEFAULT (runc) is what pods get that name none; clients then use
-# `crictl -c STATE/crictl.yaml`. Pods are on a bridge, so it runs only in a network namespace without links to elsewhere
+# With CRI=podsandbox or CRI=shim in the environment it is a node for pods too, with the runtime handlers runc and microvm (and
+# runsc, if the tools have gVisor). microvm has that sandboxer, and CRI_DEFAULT (runc) is what pods get that name none; clients
+# then use `crictl -c STATE/crictl.yaml`. Pods are on a bridge, so it runs only in a network namespace without links to elsewhere
 # (unshare --net, or the test bed); every registry's name means 127.0.0.1:5000. CNI plugins that are not in the tools may be put
 # into STATE/cni/bin, further networks into STATE/cni/conf; libcni keeps its results in /var/lib/cni.
 set -euo pipefail
@@ -117,6 +117,10 @@ configure_cri() {
 		      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
 		        BinaryName = '$tools/runc'
 		        Root = '$state/runc'
+	X
+	[ ! -x "$tools/containerd-shim-runsc-v1" ] || cat >>"$state/containerd.toml" <<-X
+		    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runsc]
+		      runtime_type = 'io.containerd.runsc.v1'
 	X
 }
 

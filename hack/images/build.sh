@@ -1,7 +1,7 @@
 #!/bin/bash
 # Makes the container images of the tests from Debian packages, without a registry, as docker-archives:
 #   $MICROVM_CACHE/images/busybox.tar   docker.io/microvm/busybox:latest    Debian's busybox-static
-#   $MICROVM_CACHE/images/debian.tar    docker.io/microvm/debian:bookworm   a small Debian with python3, redis and fio
+#   $MICROVM_CACHE/images/debian.tar    docker.io/microvm/debian:bookworm   a small Debian with python3, redis, fio and iperf3
 #   $MICROVM_CACHE/images/pause.tar     docker.io/microvm/pause:latest      the first process of a pod under CRI
 #   $MICROVM_CACHE/images/box.tar       docker.io/microvm/box:latest        busybox from Debian's source, upstream's defaults
 #   $MICROVM_CACHE/images/web.tar       docker.io/microvm/web:latest        Debian's nginx on it
@@ -19,7 +19,7 @@ IMAGES=$MICROVM_CACHE/images
 # Dates in the images: the same everywhere, so that the same packages give the same bytes.
 export SOURCE_DATE_EPOCH=1700000000
 
-DEBIAN_PACKAGES=python3-minimal,redis-server,redis-tools,ca-certificates,e2fsprogs,procps,iproute2,attr,acl,fio
+DEBIAN_PACKAGES=python3-minimal,redis-server,redis-tools,ca-certificates,e2fsprogs,procps,iproute2,attr,acl,fio,iperf3
 PROGRAMS_PACKAGES=nginx-light,postgresql,redis-server,redis-tools,python3,wrk,curl,ca-certificates,procps
 
 # wrap NAME REFERENCE CMD [ENTRYPOINT]: makes NAME.tar of the root file system in $SCRATCH/NAME-root.tar.

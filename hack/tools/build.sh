@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds the programs the tests need beside our own, through the Go module proxy, into $MICROVM_CACHE/tools/bin.
-# usage: hack/tools/build.sh [containerd|runc|cri-tools|cni|crane|etcd|kubernetes|kubernetes-e2e|all]...
+# usage: hack/tools/build.sh [containerd|runc|cri-tools|cni|crane|etcd|gvisor|kubernetes|kubernetes-e2e|all]...
 #        (default: containerd runc)
 # A program that is there in the version named below is left alone. CNI plugins go to tools/bin/cni.
 set -euo pipefail
@@ -14,6 +14,8 @@ CNI=v1.9.1
 CRANE=v0.22.1
 ETCD=v3.7.3
 KUBERNETES=v1.36.3
+# Of its branch go, which is what can be built with Go alone.
+GVISOR=v0.0.0-20260905035102-160fafc42237
 
 TOOLS=$MICROVM_CACHE/tools
 BIN=$TOOLS/bin
@@ -74,6 +76,12 @@ build_etcd() {
 	module go.etcd.io/etcd/server/v3@$ETCD
 	# The module's root is the program; go build would call it v3.
 	CGO_ENABLED=0 go build -mod=mod -trimpath -buildvcs=false -ldflags "-s -w" -o "$SCRATCH/out/etcd" go.etcd.io/etcd/server/v3
+}
+
+build_gvisor() {
+	module gvisor.dev/gvisor@$GVISOR
+	CGO_ENABLED=0 compile "" "" gvisor.dev/gvisor/runsc
+	CGO_ENABLED=0 quietly go build -mod=mod -trimpath -buildvcs=false -ldflags "-s -w" -o "$SCRATCH/out/containerd-shim-runsc-v1" gvisor.dev/gvisor/shim
 }
 
 # kubernetes_module: a throw-away module that depends on Kubernetes. Its own go.mod takes its libraries from the tree's folder
@@ -138,7 +146,7 @@ tool() {
 
 scratch
 [ $# -gt 0 ] || set -- containerd runc
-if [ "$1" = all ]; then set -- containerd runc cri-tools cni crane etcd kubernetes kubernetes-e2e; fi
+if [ "$1" = all ]; then set -- containerd runc cri-tools cni crane etcd gvisor kubernetes kubernetes-e2e; fi
 for name; do
 	case $name in
 	containerd) tool containerd $CONTAINERD containerd ctr containerd-shim-runc-v2 ;;
@@ -147,6 +155,7 @@ for name; do
 	cni) tool cni $CNI cni/{bridge,loopback,ptp,macvlan,host-local,static,portmap,firewall,tuning,bandwidth} ;;
 	crane) tool crane $CRANE crane ;;
 	etcd) tool etcd $ETCD etcd ;;
+	gvisor) tool gvisor $GVISOR runsc containerd-shim-runsc-v1 ;;
 	kubernetes)
 		tool kubernetes $KUBERNETES kubelet kube-{apiserver,controller-manager,scheduler,proxy} kubectl
 		;;

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -29,40 +30,26 @@ var runtimes = []struct{ subject, runtime string }{
 	{"runc", "io.containerd.runc.v2"},
 }
 
-func (b *bench) containers() error {
-	cache := os.Getenv("MICROVM_CACHE")
-	if cache == "" {
-		cache = filepath.Join(os.Getenv("HOME"), ".cache/microvm")
-	}
-	os.Setenv("PATH", filepath.Join(cache, "tools/bin")+":"+os.Getenv("PATH"))
+func (b *bench) containers() (failed error) {
 	state := filepath.Join(b.state, "c")
-	script := filepath.Join(b.top, "hack/containerd.sh")
-	if out, err := exec.Command(script, "start", state).CombinedOutput(); err != nil {
-		return fmt.Errorf("start containerd: %w: %s", err, out)
+	stop, err := b.startContainerd(state)
+	if err != nil {
+		return err
 	}
-	defer exec.Command(script, "wipe", state).Run()
-	c := ctr{socket: filepath.Join(state, "containerd.sock")}
-	for _, image := range []string{"busybox", "debian"} {
-		if _, err := c.run("images", "import", "--local", filepath.Join(cache, "images", image+".tar")); err != nil {
-			return err
-		}
+	defer func() { failed = stop(failed) }()
+	c := ctr{socket: filepath.Join(state, "containerd.sock"), namespace: "default"}
+	if err := c.importImages(busybox, debian); err != nil {
+		return err
 	}
 	if err := b.containerStarts(c); err != nil {
 		return err
 	}
-	var failed error
 	for _, r := range runtimes {
 		if err := b.runningContainer(c, r.subject, r.runtime); err != nil {
 			failed = errors.Join(failed, fmt.Errorf("%s: %w", r.subject, err))
 		}
 	}
-	if failed != nil {
-		log, _ := os.ReadFile(filepath.Join(state, "containerd.log"))
-		fmt.Fprintf(os.Stderr, "the end of containerd's log:\n%s\n", log[max(0, len(log)-4000):])
-		return failed
-	}
-	b.missing("gVisor: its shim lowers oom_score_adj, which needs CAP_SYS_RESOURCE; not part of this run")
-	return nil
+	return failed
 }
 
 // containerStarts measures `ctr run` to the first byte of the container's
@@ -72,7 +59,7 @@ func (b *bench) containerStarts(c ctr) error {
 	for i := range b.runs {
 		for _, r := range runtimes {
 			begin := time.Now()
-			cmd := c.command("run", "--rm", "--runtime", r.runtime, busybox, fmt.Sprintf("start%d", i), "echo", "x")
+			cmd := c.command(context.Background(), "run", "--rm", "--runtime", r.runtime, busybox, fmt.Sprintf("start%d", i), "echo", "x")
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
 			out, err := cmd.StdoutPipe()
@@ -154,14 +141,36 @@ func (b *bench) runningContainer(c ctr, subject, runtime string) error {
 	}
 	b.add("stdio", "stdout", subject, "MB/s", throughput...)
 
-	fio := func(name, rw, blockSize, size string) error {
-		out, _, err := execute("fio", "--name="+name, "--filename=/data/fio", "--rw="+rw, "--bs="+blockSize, "--size="+size,
+	if err := b.fio("bind mount", subject, "/data/fio", func(argv ...string) (string, error) {
+		out, _, err := execute(argv...)
+		return out, err
+	}); err != nil {
+		return err
+	}
+	_, took, err := execute("sh", "-c", fmt.Sprintf(
+		`mkdir /data/small && cd /data/small && i=0; while [ $i -lt %d ]; do echo $i >$i; i=$((i+1)); done; cat * >/dev/null; rm -r /data/small`, smallFiles))
+	if err != nil {
+		return err
+	}
+	b.add("bind mount", fmt.Sprintf("%d small files: write, read, remove", smallFiles), subject, "ms", milliseconds(took))
+	return nil
+}
+
+// fio measures a file or a disk, by running fio in a container.
+func (b *bench) fio(group, subject, file string, execute func(argv ...string) (string, error)) error {
+	for _, job := range []struct{ name, rw, blockSize string }{
+		{"sequential write", "write", "1M"},
+		{"sequential read", "read", "1M"},
+		{"4k random write", "randwrite", "4k"},
+		{"4k random read", "randread", "4k"},
+	} {
+		out, err := execute("fio", "--name="+job.name, "--filename="+file, "--rw="+job.rw, "--bs="+job.blockSize, "--size=128M",
 			"--ioengine=psync", "--runtime=10", "--time_based", "--output-format=terse", "--terse-version=3", "--end_fsync=1")
 		if err != nil {
 			return err
 		}
 		field := 6 // read bandwidth in KiB/s, then IOPS, fio's terse format v3
-		if strings.HasSuffix(rw, "write") {
+		if strings.HasSuffix(job.rw, "write") {
 			field = 47
 		}
 		fields := strings.Split(strings.TrimSpace(out), ";")
@@ -172,25 +181,8 @@ func (b *bench) runningContainer(c ctr, subject, runtime string) error {
 		if err != nil {
 			return fmt.Errorf("fio said: %q", out)
 		}
-		b.add("bind mount", name, subject, "MB/s", kib*1024/1e6)
-		return nil
+		b.add(group, job.name, subject, "MB/s", kib*1024/1e6)
 	}
-	for _, job := range [][4]string{
-		{"sequential write", "write", "1M", "128M"},
-		{"sequential read", "read", "1M", "128M"},
-		{"4k random write", "randwrite", "4k", "128M"},
-		{"4k random read", "randread", "4k", "128M"},
-	} {
-		if err := fio(job[0], job[1], job[2], job[3]); err != nil {
-			return err
-		}
-	}
-	_, took, err := execute("sh", "-c", fmt.Sprintf(
-		`mkdir /data/small && cd /data/small && i=0; while [ $i -lt %d ]; do echo $i >$i; i=$((i+1)); done; cat * >/dev/null; rm -r /data/small`, smallFiles))
-	if err != nil {
-		return err
-	}
-	b.add("bind mount", fmt.Sprintf("%d small files: write, read, remove", smallFiles), subject, "ms", milliseconds(took))
 	return nil
 }
 
@@ -221,18 +213,58 @@ func (b *bench) memoryOfProcess(subject, name string) error {
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// ctr runs containerd's client against the private containerd.
-type ctr struct{ socket string }
+// cache is where hack/tools and hack/images put what they make.
+func cache() string {
+	if dir := os.Getenv("MICROVM_CACHE"); dir != "" {
+		return dir
+	}
+	return filepath.Join(os.Getenv("HOME"), ".cache/microvm")
+}
 
-func (c ctr) command(args ...string) *exec.Cmd {
-	return exec.Command("ctr", append([]string{"-a", c.socket}, args...)...)
+// startContainerd starts a private containerd. stop ends it, and shows the end
+// of its log if something failed.
+func (b *bench) startContainerd(state string, env ...string) (stop func(failed error) error, err error) {
+	script := filepath.Join(b.top, "hack/containerd.sh")
+	cmd := exec.Command(script, "start", state)
+	cmd.Env = append(os.Environ(), env...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("start containerd: %w: %s", err, out)
+	}
+	return func(failed error) error {
+		if failed != nil {
+			log, _ := os.ReadFile(filepath.Join(state, "containerd.log"))
+			fmt.Fprintf(os.Stderr, "the end of containerd's log:\n%s\n", log[max(0, len(log)-4000):])
+		}
+		if out, err := exec.Command(script, "wipe", state).CombinedOutput(); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("stop containerd: %w: %s", err, out))
+		}
+		return failed
+	}, nil
+}
+
+// ctr runs containerd's client against the private containerd.
+type ctr struct{ socket, namespace string }
+
+func (c ctr) command(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "ctr", append([]string{"-a", c.socket, "-n", c.namespace}, args...)...)
+}
+
+// importImages imports those of hack/images, whose archives are named after them.
+func (c ctr) importImages(references ...string) error {
+	for _, reference := range references {
+		name, _, _ := strings.Cut(path.Base(reference), ":")
+		if _, err := c.run("images", "import", "--local", filepath.Join(cache(), "images", name+".tar")); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // run returns what the command wrote to standard output.
 func (c ctr) run(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "ctr", append([]string{"-a", c.socket}, args...)...)
+	cmd := c.command(ctx, args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {

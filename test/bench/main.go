@@ -1,7 +1,7 @@
 // Command bench measures microvm beside its neighbours in one run, on one
 // machine, and prints ratios: the same kernel and guest image in QEMU's
-// microvm machine, the same container under runc. Times on a shared machine
-// are noisy; counts (VM exits, bytes) are not.
+// microvm machine, the same container under runc, the same pod under runc and
+// gVisor. Times on a shared machine are noisy; counts (VM exits, bytes) are not.
 //
 // `make bench` builds it and runs it where the guest kernel boots.
 package main
@@ -26,7 +26,7 @@ import (
 type Result struct {
 	Group string `json:"group"`
 	Name  string `json:"name"`
-	// Who was measured: microvm, qemu-microvm, runc.
+	// Who was measured: microvm, qemu-microvm, runc, runsc.
 	Subject string    `json:"subject"`
 	Unit    string    `json:"unit"`
 	Median  float64   `json:"median"`
@@ -62,7 +62,7 @@ type bench struct {
 func main() {
 	out := flag.String("out", "", "file for the JSON report")
 	runs := flag.Int("runs", 5, "how often each start is measured")
-	only := flag.String("only", "machine,container", "groups to measure")
+	only := flag.String("only", "machine,container,pod", "groups to measure")
 	flag.Parse()
 	if err := run(*out, *runs, strings.Split(*only, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -83,13 +83,16 @@ func run(out string, runs int, groups []string) error {
 		return err
 	}
 	defer os.RemoveAll(state)
+	if err := os.Setenv("PATH", filepath.Join(cache(), "tools/bin")+":"+os.Getenv("PATH")); err != nil {
+		return err
+	}
 	b := &bench{top: top, state: state, runs: runs, report: Report{Machine: describeMachine()}}
 	// What was measured before something failed is kept and shown all the same.
 	var failed error
 	for _, g := range []struct {
 		name    string
 		measure func() error
-	}{{"machine", b.machines}, {"container", b.containers}} {
+	}{{"machine", b.machines}, {"container", b.containers}, {"pod", b.pods}} {
 		if !slices.Contains(groups, g.name) {
 			continue
 		}
