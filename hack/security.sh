@@ -96,6 +96,8 @@ guest_promises() {
 		crivm TestMachineIsInThePodsCgroup
 		= A link that is swapped in a volume leads nowhere
 		cri TestSymlinkSwap
+		= A pod that limits its disk and its network gets no more, and all of it in the end
+		crivm TestRateLimits
 		= When shim, VMM, agent or guest die, containerd hears of it and nothing stays on the host
 		vm TestKillVMM TestKillShim TestGuestEnds TestKillEverything
 		crivm TestGuestPanics
