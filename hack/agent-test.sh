@@ -32,6 +32,7 @@ echo 'hello from the disk' >"$SCRATCH/disk/hello"
 truncate -s 16M "$SCRATCH/disk.ext4"
 mkfs.ext4 -q -F -d "$SCRATCH/disk" "$SCRATCH/disk.ext4" >&2
 
+: >"$SCRATCH/console" # tail may be there first
 # A panic resets the machine, which -no-reboot ends. A machine that powers off has stayed once in a while: it is ended when
 # it has told its result.
 timeout --kill-after=10 $LIMIT qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 \
@@ -40,7 +41,7 @@ timeout --kill-after=10 $LIMIT qemu-system-x86_64 -M q35 -accel tcg,thread=multi
 	-drive if=none,id=disk,format=raw,file="$SCRATCH/disk.ext4" -device virtio-blk-pci,drive=disk,disable-legacy=on \
 	-device virtio-rng-pci,disable-legacy=on \
 	-kernel "$REPO/bin/vmlinux" \
-	-append "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro init=/sbin/init panic=-1 -- -test.v $*" </dev/null >"$SCRATCH/console" &
+	-append "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro init=/sbin/init panic=-1 -- -test.v $*" </dev/null >>"$SCRATCH/console" &
 qemu=$!
 tail --pid=$qemu -f -n +1 "$SCRATCH/console" | sed -u '/^agent-test: exit /q' || true # tail has nobody to write to then
 kill $qemu 2>/dev/null || true
