@@ -136,16 +136,18 @@ func describeMachine() Machine {
 	return m
 }
 
-// add records the samples of one figure.
+// add records the samples of one figure, and shows it: a run takes its time.
 func (b *bench) add(group, name, subject, unit string, samples ...float64) {
 	if len(samples) == 0 {
 		return
 	}
 	sorted := slices.Sorted(slices.Values(samples))
-	b.report.Results = append(b.report.Results, Result{
+	r := Result{
 		Group: group, Name: name, Subject: subject, Unit: unit,
 		Median: sorted[len(sorted)/2], Samples: samples,
-	})
+	}
+	b.report.Results = append(b.report.Results, r)
+	fmt.Fprintf(os.Stderr, "%s, %s, %s: %.4g %s\n", r.Group, r.Name, r.Subject, r.Median, r.Unit)
 }
 
 func (b *bench) missing(format string, args ...any) {
