@@ -28,6 +28,7 @@ func TestNoDescriptors(t *testing.T) {
 	before := parts(n)
 	p := n.Pod(t)
 	c := p.Run(t, pods.Shell(counter))
+	node.Until(t, "the container counts", func() bool { return logSize(t, c) > 0 }) // and has opened what it needs
 	now := parts(n).without(before)
 	for name, pid := range map[string]int{"shim": one(t, "shim", now.shims), "VMM": one(t, "VMM", now.vmms)} {
 		t.Run(name, func(t *testing.T) {
