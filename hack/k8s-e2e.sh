@@ -22,6 +22,8 @@ LIMIT=2400 # seconds for one group
 LEFT_OUT='\[Slow\]|\[Serial\]|\[Disruptive\]|\[Flaky\]|\[Feature:|\[FeatureGate:|Alpha|DNS|SELinux|Windows'
 # By name: it makes a link of the type dummy, which this machine's kernel has not, and a guest's neither.
 LEFT_OUT+='|PrivilegedPod'
+# Also by name: pods on the host's network, which a virtual machine refuses.
+LEFT_OUT_OF_GUESTS='hostAliases and hostNetwork|if pod uses host network|KubeletManagedEtcHosts'
 # Ours that the test bed cannot run: the token that a pod gets is on tmpfs, which cannot map ids before Linux 6.3; the bed has 6.1.
 NOT_IN_BED=TestHostUsers
 
@@ -138,6 +140,7 @@ own | conformance) ;;
 	;;
 esac
 
+[ "${2:-}" = runc ] || LEFT_OUT+="|$LEFT_OUT_OF_GUESTS"
 export SUITE=$1 HANDLER=${2:-microvm} CRI=${3:-podsandbox} OUT STATE
 pattern=${4:-.}
 case $CRI in podsandbox | shim) ;; *) die "unknown sandboxer $CRI" ;; esac
