@@ -96,6 +96,9 @@ func newPod(id, bundle, netns string, options *anypb.Any) (*pod, error) {
 // (internal/cri/server/podsandbox/sandbox_run_linux.go): the containers get
 // their mappings from it.
 func checkUserNamespace(o *podconfig.UserNamespace) error {
+	if o == nil {
+		return nil // the client knows of none
+	}
 	uids, gids := idMappings(o.GetUids()), idMappings(o.GetGids())
 	switch o.GetMode() {
 	case podconfig.NamespaceMode_NODE:
@@ -106,9 +109,6 @@ func checkUserNamespace(o *podconfig.UserNamespace) error {
 	case podconfig.NamespaceMode_POD:
 	default:
 		return fmt.Errorf("a pod's user namespace cannot be of mode %s: %w", o.GetMode(), errdefs.ErrInvalidArgument)
-	}
-	if o == nil {
-		return nil
 	}
 	if len(uids) > 1 || len(gids) > 1 {
 		return fmt.Errorf("a pod's user namespace has one mapping of users and one of groups: %w", errdefs.ErrInvalidArgument)
