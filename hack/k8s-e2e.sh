@@ -23,7 +23,7 @@ LEFT_OUT='\[Slow\]|\[Serial\]|\[Disruptive\]|\[Flaky\]|\[Feature:|\[FeatureGate:
 # By name: it makes a link of the type dummy, which this machine's kernel has not, and a guest's neither.
 LEFT_OUT+='|PrivilegedPod'
 # Also by name: pods on the host's network, which a virtual machine refuses.
-LEFT_OUT_OF_GUESTS='hostAliases and hostNetwork|if pod uses host network|KubeletManagedEtcHosts'
+LEFT_OUT_OF_GUESTS='node-pod communication|hostAliases and hostNetwork|if pod uses host network|KubeletManagedEtcHosts'
 # Ours that the test bed cannot run: the token that a pod gets is on tmpfs, which cannot map ids before Linux 6.3; the bed has 6.1.
 NOT_IN_BED=TestHostUsers
 
