@@ -224,3 +224,57 @@ func TestSandboxStats(t *testing.T) {
 		t.Errorf("metrics %v", m)
 	}
 }
+
+// A volume in memory is there for all containers that have it, whole or in part,
+// and outlives each of them. What they put into it leads nowhere.
+func TestMemoryVolume(t *testing.T) {
+	s := newSandbox(t)
+	in := func(id, name string, directories ...*agentproto.Directory) (*specs.Spec, func(*agentproto.CreateContainerRequest)) {
+		mountpoint := "/run/microvm/storage/" + id + "/memory/0"
+		spec := testSpec(t, "stat -f -c %T /v; stat -c '%a %g' /v; touch /v/"+id+"; ln -s /etc /v/link; ls /v; echo up; exec sleep 8888")
+		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/v", Type: "bind", Source: mountpoint, Options: []string{"rbind"}})
+		return spec, func(r *agentproto.CreateContainerRequest) {
+			r.Storages = []*agentproto.Storage{{
+				Volume: name, Fstype: "tmpfs", Options: []string{"size=1048576", "mode=2777", "gid=4000"},
+				Mountpoint: mountpoint, Directories: directories,
+			}}
+		}
+	}
+	part := []*agentproto.Directory{{Path: "a", Mode: 0o2750}, {Path: "a/b", Mode: 0o2750}}
+	for _, test := range []struct {
+		id, want    string
+		directories []*agentproto.Directory
+	}{
+		{"one", "tmpfs\n2777 4000\nlink\none\nup\n", nil},
+		{"two", "tmpfs\n2750 4000\nlink\ntwo\nup\n", part},
+		{"three", "tmpfs\n2777 4000\na\nlink\none\nthree\nup\n", nil},
+	} {
+		spec, change := in(test.id, "mem", test.directories...)
+		p, err := s.runAs(test.id, spec, change)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.awaitOut("up")
+		if p.out() != test.want {
+			t.Errorf("%s: output %q, want %q; %q", test.id, p.out(), test.want, p.stderr.String())
+		}
+		p.signal(unix.SIGKILL, false)
+		p.wait()
+		p.delete()
+	}
+	if mounts := readFile(t, "/proc/self/mounts"); strings.Contains(mounts, "/memory/0") || strings.Count(mounts, "/run/microvm/volumes/mem ") != 1 {
+		t.Errorf("mounted: %s", mounts)
+	}
+
+	for _, test := range []struct{ volume, path, want string }{
+		{"mem", "link", "not a directory"},
+		{"mem", "../x", "is not below"},
+		{"../mem", "a", "invalid argument"},
+	} {
+		spec, change := in("d", test.volume, &agentproto.Directory{Path: test.path, Mode: 0o755})
+		if _, err := s.runAs("d", spec, change); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s of %s: error %v, want %q in it", test.path, test.volume, err, test.want)
+		}
+		s.checkGone("d")
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -56,6 +57,9 @@ func mountStorages(sys, root string, storages []*agentproto.Storage) (mountpoint
 }
 
 func mountStorage(sys, root string, s *agentproto.Storage) error {
+	if s.Volume != "" {
+		return mountVolume(root, s)
+	}
 	for _, d := range s.Directories {
 		dir, err := makeBelow(root, d.Path, d.Mode)
 		if err != nil {
@@ -74,6 +78,62 @@ func mountStorage(sys, root string, s *agentproto.Storage) error {
 	defer dir.Close()
 	flags, data := mountOptions(options)
 	return mountAt(source, dir, s.Fstype, flags, data)
+}
+
+// volumesDir is where volumes in memory are, below Config.Root.
+const volumesDir = "volumes"
+
+// makingVolume is held while one is made.
+var makingVolume sync.Mutex
+
+// mountVolume makes a part of a volume in memory appear at the mountpoint. The
+// containers that have the volume write it: no link in there is followed.
+func mountVolume(root string, s *agentproto.Storage) error {
+	if s.Volume != filepath.Base(s.Volume) || !filepath.IsLocal(s.Volume) || s.Volume == "." {
+		return fmt.Errorf("volume %q: %w", s.Volume, errdefs.ErrInvalidArgument)
+	}
+	volume := filepath.Join(root, volumesDir, s.Volume)
+	part, err := openVolume(root, volume, s)
+	if err != nil {
+		return fmt.Errorf("volume %s: %w", s.Volume, err)
+	}
+	for _, d := range s.Directories {
+		part.Close()
+		if part, err = makeBelow(volume, filepath.Join(volume, d.Path), d.Mode); err != nil {
+			return err
+		}
+	}
+	defer part.Close()
+	dir, err := makeBelow(root, s.Mountpoint, 0o711)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	tree, err := unix.OpenTree(int(part.Fd()), "", unix.AT_EMPTY_PATH|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("open_tree: %w", err)
+	}
+	defer unix.Close(tree)
+	if err := unix.MoveMount(tree, "", int(dir.Fd()), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
+		return fmt.Errorf("move_mount: %w", err)
+	}
+	return nil
+}
+
+// openVolume opens the root of a volume, which is mounted if it is not yet.
+func openVolume(root, volume string, s *agentproto.Storage) (*os.File, error) {
+	makingVolume.Lock()
+	defer makingVolume.Unlock()
+	dir, err := makeBelow(root, volume, 0o711)
+	if err != nil || isMount(dir) {
+		return dir, err
+	}
+	defer dir.Close()
+	flags, data := mountOptions(s.Options)
+	if err := mountAt(s.Fstype, dir, s.Fstype, flags, data); err != nil {
+		return nil, err
+	}
+	return makeBelow(root, volume, 0o711)
 }
 
 // storageSource is what to mount: the first device, with the others as options,

@@ -492,7 +492,12 @@ type Storage struct {
 	// Where in the guest.
 	Mountpoint string `protobuf:"bytes,4,opt,name=mountpoint,proto3" json:"mountpoint,omitempty"`
 	// Made before, if they are not there: those of an overlay.
-	Directories   []*Directory `protobuf:"bytes,5,rep,name=directories,proto3" json:"directories,omitempty"`
+	Directories []*Directory `protobuf:"bytes,5,rep,name=directories,proto3" json:"directories,omitempty"`
+	// Set for (a part of) one of the sandbox's volumes in memory: its name. The
+	// first storage that names it has it made, of fstype and options, for as long
+	// as the guest is there. At the mountpoint is its root, or the last one of
+	// directories, whose paths are relative to that root.
+	Volume        string `protobuf:"bytes,6,opt,name=volume,proto3" json:"volume,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -560,6 +565,13 @@ func (x *Storage) GetDirectories() []*Directory {
 		return x.Directories
 	}
 	return nil
+}
+
+func (x *Storage) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
 }
 
 type Directory struct {
@@ -2255,7 +2267,7 @@ const file_agent_proto_rawDesc = "" +
 	"\vall_devices\x18\v \x01(\bR\n" +
 	"allDevices\"1\n" +
 	"\fPIDNamespace\x12!\n" +
-	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\xbf\x01\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\xd7\x01\n" +
 	"\aStorage\x12#\n" +
 	"\rpci_addresses\x18\x01 \x03(\tR\fpciAddresses\x12\x16\n" +
 	"\x06fstype\x18\x02 \x01(\tR\x06fstype\x12\x18\n" +
@@ -2263,7 +2275,8 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"mountpoint\x18\x04 \x01(\tR\n" +
 	"mountpoint\x12=\n" +
-	"\vdirectories\x18\x05 \x03(\v2\x1b.microvm.agent.v1.DirectoryR\vdirectories\"3\n" +
+	"\vdirectories\x18\x05 \x03(\v2\x1b.microvm.agent.v1.DirectoryR\vdirectories\x12\x16\n" +
+	"\x06volume\x18\x06 \x01(\tR\x06volume\"3\n" +
 	"\tDirectory\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\rR\x04mode\"Z\n" +

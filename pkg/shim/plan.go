@@ -108,6 +108,9 @@ func (s *service) plan(r *taskapi.CreateTaskRequest, first bool) (*plan, error) 
 	if rewritten.PIDs != nil {
 		p.request.PidNamespace = &agentproto.PIDNamespace{ContainerId: *rewritten.PIDs}
 	}
+	for _, v := range rewritten.Memory {
+		p.request.Storages = append(p.request.Storages, memoryStorage(v))
+	}
 	p.disks = rewritten.Disks
 	p.mounts, p.hooks, p.remarks = rewritten.Mounts, rewritten.HostHooks, rewritten.Remarks
 	p.sandbox.shm = rewritten.Shm

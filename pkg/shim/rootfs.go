@@ -85,6 +85,22 @@ func planGuestRootfs(id string, mounts []mount.Mount) (*guestRootfs, error) {
 	return r, nil
 }
 
+// memoryStorage is the mount of a volume in the guest's memory.
+func memoryStorage(v guestspec.MemoryVolume) *agentproto.Storage {
+	s := &agentproto.Storage{
+		Volume: v.Name, Fstype: "tmpfs", Mountpoint: v.Mountpoint,
+		// tmpfs(5); a size of 0 is no limit.
+		Options: []string{
+			fmt.Sprintf("size=%d", v.Bytes), fmt.Sprintf("mode=%o", v.Mode),
+			fmt.Sprintf("uid=%d", v.UID), fmt.Sprintf("gid=%d", v.GID),
+		},
+	}
+	for _, d := range v.Directories {
+		s.Directories = append(s.Directories, &agentproto.Directory{Path: d.Path, Mode: d.Mode})
+	}
+	return s
+}
+
 // diskStorage is the mount of an image or a block device, in the guest.
 func diskStorage(m mount.Mount) (*storage, error) {
 	s := &storage{request: &agentproto.Storage{Fstype: m.Type}}

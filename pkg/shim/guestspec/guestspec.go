@@ -13,7 +13,7 @@ import (
 )
 
 // Where the guest sees the sandbox's shared directory, and where file systems on
-// disks are mounted.
+// disks and in memory are mounted.
 const (
 	SharedRoot  = "/run/microvm/shared"
 	StorageRoot = "/run/microvm/storage"
@@ -52,6 +52,8 @@ type Result struct {
 	// Mounts are to be made in the shared directory: the n-th of them at
 	// mounts/n.
 	Mounts []Mount
+	// Memory are to be mounted in the guest.
+	Memory []MemoryVolume
 	// HostHooks run on the host, by the shim.
 	HostHooks specs.Hooks
 	// PIDs says whose pid namespace the container joins, by the id that

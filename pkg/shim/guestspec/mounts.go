@@ -131,6 +131,15 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 		m.UIDMappings, m.GIDMappings = nil, nil
 		return nil
 	}
+	volume, err := memoryVolume(r.Spec, target, fs)
+	if err != nil {
+		return invalid("mount %s: source %s: %w", m.Destination, source, err)
+	}
+	if volume != nil {
+		// Ids are mapped by the guest.
+		r.inMemory(m, in, volume)
+		return nil
+	}
 	if info.Mode()&os.ModeSocket != 0 {
 		// The name can be shared, but not the kernel that connects the two ends.
 		r.Remarks = append(r.Remarks, "mount "+m.Destination+": "+source+" is a socket: a program of the host cannot be reached through it")

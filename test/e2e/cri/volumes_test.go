@@ -350,11 +350,18 @@ func TestImageVolume(t *testing.T) {
 // An emptyDir of medium Memory is a tmpfs with a size, shared by the containers.
 func TestMemoryEmptyDir(t *testing.T) {
 	n := pods.For(t)
-	dir := filepath.Join(t.TempDir(), "volumes/kubernetes.io~empty-dir/memory")
-	mountTmpfs(t, dir, "size=8m")
-	p := n.Pod(t)
+	// Where the kubelet has it.
+	config := n.PodConfig(t)
+	dir := filepath.Join(t.TempDir(), "pods", config.Metadata.Uid, "volumes/kubernetes.io~empty-dir/memory")
+	mountTmpfs(t, dir, "size=8m,mode=2777,gid=4000")
+	p, err := n.TryPod(t, config)
+	if err != nil {
+		t.Fatal(err)
+	}
 	a, b := p.Run(t, pods.Mount(dir, "/mem")), p.Run(t, pods.Mount(dir, "/mem"))
-	a.Get(t, "grep ' /mem tmpfs ' /proc/mounts || stat -f -c %T /mem")
+	if got := a.Get(t, "stat -f -c %T /mem; stat -c '%a %g' /mem"); got != "tmpfs\n2777 4000" {
+		t.Errorf("it is %q", got)
+	}
 	a.Get(t, "echo shared >/mem/file")
 	if got := b.Get(t, "cat /mem/file"); got != "shared" {
 		t.Errorf("the other container sees %q", got)

@@ -86,7 +86,7 @@ spec:
 	})
 }
 
-// One in memory has its size, is a tmpfs to those who ask, and is shared too.
+// One in memory has its size, is a tmpfs to those who ask, and is shared too, whole and in part.
 func TestEmptyDirMemory(t *testing.T) {
 	s := newSpace(t)
 	s.apply(t, fmt.Sprintf(`
@@ -99,10 +99,12 @@ spec:
   containers:
   - {name: one, image: %[1]s, command: [sleep, infinity], volumeMounts: [{name: v, mountPath: /v}], resources: {limits: {memory: 64Mi}}}
   - {name: two, image: %[1]s, command: [sleep, infinity], volumeMounts: [{name: v, mountPath: /w}], resources: {limits: {memory: 64Mi}}}
+  - {name: three, image: %[1]s, command: [sleep, infinity], volumeMounts: [{name: v, mountPath: /x, subPath: a/b}], resources: {limits: {memory: 64Mi}}}
 `, box))
 	s.ready(t, "p")
-	s.sh(t, "p -c one", "echo shared >/v/f")
-	s.want(t, "p -c two", "cat /w/f; df -k /w | awk 'END { print $2 }'", "shared\n8192")
+	s.sh(t, "p -c one", "echo shared >/v/f; echo part >/v/a/b/f")
+	s.want(t, "p -c two", "cat /w/f; df -k /w | awk 'END { print $2 }'; stat -f -c %T /w", "shared\n8192\ntmpfs")
+	s.want(t, "p -c three", "cat /x/f; stat -f -c %T /x", "part\ntmpfs")
 	if r := s.try("exec", "p", "-c", "one", "--", "dd", "if=/dev/zero", "of=/v/large", "bs=1M", "count=16"); r.code == 0 || !strings.Contains(r.stderr, "No space left") {
 		t.Errorf("16 MiB into 8: %s", r)
 	}
