@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"regexp"
@@ -16,6 +17,7 @@ import (
 
 const (
 	iperfSeconds = 8
+	iperfPort    = "5201" // iperf3's own
 	pings        = 100
 	wrkSeconds   = 10
 )
@@ -49,7 +51,12 @@ func (b *bench) podNetwork(n *node, handler string) (err error) {
 		_ = host.Process.Kill()
 		_ = host.Wait()
 	}()
-	time.Sleep(time.Second) // until all servers listen
+	servers := []string{net.JoinHostPort(hostAddress, iperfPort), net.JoinHostPort(other, iperfPort)}
+	for _, address := range servers {
+		if err := awaitServer(address); err != nil {
+			return err
+		}
+	}
 	for _, way := range []struct {
 		name, address string
 		options       []string
@@ -118,9 +125,12 @@ func (b *bench) podWeb(n *node, handler string) (err error) {
 	if _, err := p.start(web, "nginx", &cri.ContainerConfig{}); err != nil {
 		return err
 	}
-	time.Sleep(time.Second) // until it listens
+	address := net.JoinHostPort(hostAddress, strconv.Itoa(webPort))
+	if err := awaitServer(address); err != nil {
+		return err
+	}
 	out, err := exec.Command("wrk", "--threads", "1", "--connections", "8", "--duration", fmt.Sprintf("%ds", wrkSeconds),
-		"--latency", fmt.Sprintf("http://%s:%d/", hostAddress, webPort)).CombinedOutput()
+		"--latency", "http://"+address+"/").CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("wrk: %w: %s", err, out)
 	}
@@ -134,6 +144,19 @@ func (b *bench) podWeb(n *node, handler string) (err error) {
 	}
 	b.add("pod network", "nginx behind a port of the host's, under wrk", handler, "1/s", requests)
 	return nil
+}
+
+// awaitServer waits until somebody listens.
+func awaitServer(address string) error {
+	for begin := time.Now(); ; time.Sleep(100 * time.Millisecond) {
+		conn, err := net.Dial("tcp", address)
+		if err == nil {
+			return conn.Close()
+		}
+		if time.Since(begin) > startTimeout {
+			return err
+		}
+	}
 }
 
 // cpuSeconds is how long the host's processors were busy so far, guests included.
