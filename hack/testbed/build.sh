@@ -57,16 +57,6 @@ apt=(-q -o Dir::Etc::sourcelist="$SCRATCH/apt/sources.list" -o Dir::Etc::sourcep
 	apt-get "${apt[@]}" install -y --no-install-recommends --download-only -t trixie-backports qemu-system-x86
 	for deb in "$SCRATCH"/apt/archives/*.deb; do dpkg -x "$deb" "$qemu"; done
 } >&2
-
-# QEMU delivers an interrupt that VMRUN injects at once, but leaves it in cs->exception_index too (helper_vmrun in
-# target/i386/tcg/system/svm_helper.c): if the emulation stops before the next exception, because another thread wants something, the
-# interrupt is delivered a second time, wherever the guest is. Before its swapgs that is a triple fault, elsewhere it may wait for
-# its timer for ever. With the machine stopped and continued by QEMU's monitor 20 times a second 7 of 19 guests did not get through
-# their start, and without the instruction none of 31. It is movl %esi,-0x3db0(%rbx), found by the two before it
-# (movzbl %r12b,%esi; movl %r13d,0x3480(%rbx), which is env->error_code), and becomes a nopw.
-patched=$(perl -0777 -pi -e '$n += s/\x41\x0f\xb6\xf4\x44\x89\xab\x80\x34\0\0\K\x89\xb3\x50\xc2\xff\xff/\x66\x0f\x1f\x44\0\0/g; END { print STDERR $n + 0 }' \
-	"$qemu/usr/bin/qemu-system-x86_64" 2>&1)
-[ "$patched" = 1 ] || say "this is another QEMU than the one that is mended here ($patched places): some guests may be reset, or hang"
 cat >"$qemu/run" <<-'X'
 	#!/bin/sh
 	# QEMU with its own loader and libraries.
