@@ -291,7 +291,7 @@ func (c *container) delete(ctx context.Context) error {
 	if err := c.sandbox.tree.Remove(c.id); err != nil {
 		log.L.WithError(err).Errorf("container %s: its mounts are left until the sandbox ends", c.id)
 	}
-	runPoststop(ctx, c.sandbox.tree.OnHost, c.hooks.Poststop, c.hookState)
+	c.runPoststop(ctx)
 	c.release()
 	c.publish(&eventsapi.TaskDelete{
 		ContainerID: c.id,

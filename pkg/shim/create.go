@@ -174,19 +174,19 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 	c.alone = func() bool { return s.isAlone(c) }
 	c.hooks = plan.hooks
 	c.hookState = specs.State{
-		Version: plan.version, ID: c.id, Status: specs.StateCreating, Pid: int(c.pid),
+		Version: plan.version, ID: c.id, Pid: int(c.pid),
 		Bundle: c.bundle, Annotations: plan.annotations,
 	}
 	defer func() {
 		if err != nil {
-			runPoststop(ctx, c.sandbox.tree.OnHost, c.hooks.Poststop, c.hookState)
+			c.runPoststop(ctx)
 		}
 	}()
 	//lint:ignore SA1019 deprecated, but in use
 	prestart := c.hooks.Prestart
-	err = runHooks(ctx, c.sandbox.tree.OnHost, "prestart", prestart, c.hookState)
+	err = c.runHooks(ctx, "prestart", prestart, specs.StateCreating)
 	if err == nil {
-		err = runHooks(ctx, c.sandbox.tree.OnHost, "createRuntime", c.hooks.CreateRuntime, c.hookState)
+		err = c.runHooks(ctx, "createRuntime", c.hooks.CreateRuntime, specs.StateCreating)
 	}
 	if err != nil {
 		return fmt.Errorf("container %s: %w", c.id, err)

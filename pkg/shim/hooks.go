@@ -17,19 +17,21 @@ import (
 // hookTimeout bounds a hook that names no time of its own.
 const hookTimeout = time.Minute
 
-// runHooks runs hooks one after the other, with the container's state on their
-// stdin, until one fails: on the host, whose mounts onHost leads to, see tree.
+// runHooks runs hooks on the host, one after the other, with the container's
+// state on their stdin, until one fails.
 // https://github.com/opencontainers/runtime-spec/blob/v1.3.0/config.md#posix-platform-hooks
-func runHooks(ctx context.Context, onHost func(func() error) error, kind string, hooks []specs.Hook, state specs.State) error {
+func (c *container) runHooks(ctx context.Context, kind string, hooks []specs.Hook, status specs.ContainerState) error {
 	if len(hooks) == 0 {
 		return nil
 	}
+	state := c.hookState
+	state.Status = status
 	input, err := json.Marshal(state)
 	if err != nil {
 		return fmt.Errorf("%s hooks: %w", kind, err)
 	}
 	for _, h := range hooks {
-		if err := onHost(func() error { return runHook(ctx, h, input) }); err != nil {
+		if err := c.sandbox.tree.OnHost(func() error { return runHook(ctx, h, input) }); err != nil {
 			return fmt.Errorf("%s hook %s: %w", kind, h.Path, err)
 		}
 	}
@@ -38,12 +40,11 @@ func runHooks(ctx context.Context, onHost func(func() error) error, kind string,
 
 // runPoststop runs all of the hooks for the end of a container. It does so
 // whatever becomes of the caller: they undo what the first hooks did.
-func runPoststop(ctx context.Context, onHost func(func() error) error, hooks []specs.Hook, state specs.State) {
+func (c *container) runPoststop(ctx context.Context) {
 	ctx = context.WithoutCancel(ctx)
-	state.Status = specs.StateStopped
-	for _, h := range hooks {
-		if err := runHooks(ctx, onHost, "poststop", []specs.Hook{h}, state); err != nil {
-			log.L.WithError(err).Warnf("container %s", state.ID)
+	for _, h := range c.hooks.Poststop {
+		if err := c.runHooks(ctx, "poststop", []specs.Hook{h}, specs.StateStopped); err != nil {
+			log.L.WithError(err).Warnf("container %s", c.id)
 		}
 	}
 }

@@ -107,9 +107,7 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		return nil, err
 	}
 	if r.GetExecID() == "" {
-		state := c.hookState
-		state.Status = specs.StateRunning
-		if err := runHooks(ctx, c.sandbox.tree.OnHost, "poststart", c.hooks.Poststart, state); err != nil {
+		if err := c.runHooks(ctx, "poststart", c.hooks.Poststart, specs.StateRunning); err != nil {
 			return nil, errors.Join(err, p.kill(context.WithoutCancel(ctx), sigkill, false))
 		}
 	}
