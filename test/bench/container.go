@@ -188,18 +188,13 @@ func (b *bench) fio(group, subject, file string, execute func(argv ...string) (s
 
 // memoryOfProcess records the memory of the only process of that name.
 func (b *bench) memoryOfProcess(subject, name string) error {
-	exes, err := filepath.Glob("/proc/[0-9]*/exe")
+	programs, err := processes()
 	if err != nil {
 		return err
 	}
-	for _, link := range exes {
-		target, err := os.Readlink(link)
-		if err != nil || filepath.Base(target) != name {
+	for pid, program := range programs {
+		if filepath.Base(program) != name {
 			continue
-		}
-		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
-		if err != nil {
-			return err
 		}
 		m, err := memoryOf(pid)
 		if err != nil {

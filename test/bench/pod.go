@@ -241,7 +241,7 @@ func (b *bench) podMemory(n *node, handler string) (err error) {
 		}
 		var pss float64
 		for pid := range now {
-			if before[pid] {
+			if _, old := before[pid]; old {
 				continue
 			}
 			size, err := proportional(pid)
@@ -327,24 +327,25 @@ func loopDisk(file string) (device string, detach func() error, err error) {
 	}, nil
 }
 
-// processes are those that there are, but for the kernel's.
-func processes() (map[int]bool, error) {
+// processes are the programs of those that there are, but for the kernel's.
+func processes() (map[int]string, error) {
 	exes, err := filepath.Glob("/proc/[0-9]*/exe")
 	if err != nil {
 		return nil, err
 	}
-	pids := map[int]bool{}
+	programs := map[int]string{}
 	for _, link := range exes {
-		if _, err := os.Readlink(link); err != nil {
+		program, err := os.Readlink(link)
+		if err != nil {
 			continue // gone, or the kernel's
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
 		if err != nil {
 			return nil, err
 		}
-		pids[pid] = true
+		programs[pid] = program
 	}
-	return pids, nil
+	return programs, nil
 }
 
 // proportional is the PSS of a process, in MiB. A VMM's has the guest's memory in it.
