@@ -157,7 +157,7 @@ func TestPortForward(t *testing.T) {
 		t.Run(address, func(t *testing.T) {
 			port := 8080 + i
 			c := p.Run(t, pods.Command("tcpsvd", address, fmt.Sprint(port), "sh", "-c", "echo you said $(head -n 1)"))
-			listening(t, c, "tcp", port)
+			c.Listening(t, "tcp", port)
 			for _, said := range []string{"hello", "again"} {
 				got := throughPortForward(t, n, p, port, said+"\n")
 				if got != "you said "+said+"\n" {
@@ -193,15 +193,6 @@ func throughPortForward(t *testing.T, n *pods.Node, p *pods.Pod, port int, text 
 func stop(c *exec.Cmd) {
 	_ = c.Process.Kill()
 	_ = c.Wait()
-}
-
-// listening waits until something in the pod listens on a port, on any address.
-func listening(t *testing.T, c *pods.Container, protocol string, port int) {
-	t.Helper()
-	node.Until(t, fmt.Sprintf("something listens on port %d", port), func() bool {
-		// proc_net(5): state 0A is TCP_LISTEN, and an unconnected UDP socket has 07.
-		return c.Shell(t, fmt.Sprintf("grep -q ':%04X .*:0000 0[A7]' /proc/net/%[2]s /proc/net/%[2]s6", port, protocol)).Code == 0
-	})
 }
 
 // talk sends a line and returns the answer.

@@ -31,7 +31,7 @@ func echo(t *testing.T, p *pods.Pod, protocol string, port int) {
 	t.Helper()
 	server := map[string]string{"tcp": "tcpsvd", "udp": "udpsvd"}[protocol]
 	c := p.Run(t, pods.Command(server, "::", fmt.Sprint(port), "sh", "-c", "echo you said $(head -n 1)"))
-	listening(t, c, protocol, port)
+	c.Listening(t, protocol, port)
 }
 
 // What the pod sees of its network is what CRI says and what the CNI plugins have made.
@@ -101,7 +101,7 @@ func TestBulkTransfer(t *testing.T) {
 	n := pods.For(t)
 	server := n.Pod(t)
 	c := server.Run(t, pods.Shell("tcpsvd 0.0.0.0 7002 cat"))
-	listening(t, c, "tcp", 7002)
+	c.Listening(t, "tcp", 7002)
 	v4, _ := server.IPs(t)
 	client := n.Pod(t).Run(t)
 	client.Get(t, "head -c 20000000 /dev/urandom >/tmp/sent")
@@ -166,7 +166,7 @@ func TestWebServer(t *testing.T) {
 	write(t, filepath.Join(dir, "page"), page)
 	p := n.Pod(t, pods.HostPort(cri.Protocol_TCP, 80, 18080))
 	c := p.Run(t, pods.Image(node.Web), pods.Mount(dir, "/usr/share/nginx/html", pods.ReadOnly))
-	listening(t, c, "tcp", 80)
+	c.Listening(t, "tcp", 80)
 	v4, v6 := p.IPs(t)
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	get := func(host string) string {

@@ -63,7 +63,7 @@ func TestPodStats(t *testing.T) {
 	p := n.Pod(t)
 	v4, _ := p.IPs(t)
 	c := p.Run(t, pods.Shell("sleep 1000 & sleep 1000 & tcpsvd 0.0.0.0 7010 sh -c 'wc -c >/dev/null; echo read'"))
-	listening(t, c, "tcp", 7010)
+	c.Listening(t, "tcp", 7010)
 	stats := func() *cri.PodSandboxStats {
 		t.Helper()
 		r, err := n.CRI.PodSandboxStats(n.Context(t), &cri.PodSandboxStatsRequest{PodSandboxId: p.ID})

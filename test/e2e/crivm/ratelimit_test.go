@@ -9,7 +9,6 @@ import (
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 	"github.com/microvm-runtime/microvm/test/e2e/internal/pods"
 )
 
@@ -22,9 +21,8 @@ func TestRateLimits(t *testing.T) {
 	n := pods.For(t)
 	other := n.Pod(t)
 	server := other.Run(t, pods.Shell("tcpsvd 0.0.0.0 7002 sh -c 'cat >/dev/null; echo all of it' & tcpsvd 0.0.0.0 7003 head -c "+fmt.Sprint(size)+" /dev/zero"))
-	for _, port := range []string{"7002", "7003"} {
-		node.Until(t, "the other pod listens", func() bool { return server.Shell(t, "netstat -ltn | grep -q :"+port).Code == 0 })
-	}
+	server.Listening(t, "tcp", 7002)
+	server.Listening(t, "tcp", 7003)
 	address, _ := other.IPs(t)
 	c := n.Pod(t, func(c *cri.PodSandboxConfig) {
 		limit := fmt.Sprint(rate)

@@ -418,6 +418,15 @@ func (c *Container) Get(t *testing.T, script string) string {
 	return strings.TrimSpace(r.Stdout)
 }
 
+// Listening waits until something in the container's pod listens on a port, on any address.
+func (c *Container) Listening(t *testing.T, protocol string, port int) {
+	t.Helper()
+	node.Until(t, fmt.Sprintf("something listens on port %d", port), func() bool {
+		// proc_net(5): state 0A is TCP_LISTEN, and an unconnected UDP socket has 07.
+		return c.Shell(t, fmt.Sprintf("grep -q ':%04X .*:0000 0[A7]' /proc/net/%[2]s /proc/net/%[2]s6", port, protocol)).Code == 0
+	})
+}
+
 // Output reads the container's log.
 func (c *Container) Output(t *testing.T) (stdout, stderr string) {
 	t.Helper()
