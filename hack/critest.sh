@@ -28,12 +28,8 @@ LEFT_OUT_OF_GUESTS="AppArmor|mount with 'rshared'|HostNetwork is true|HostPID|Ho
 
 # The part that runs beside the runtime. usage: inside HANDLER SANDBOXER REPORTS GROUP; reads REPORTS/GROUP.specs
 inside() {
-	local handler=$1 sandboxer=$2 reports=$3 group=$4 top=/var/tmp state rc=0 spec focus=()
-	if [ -n "${MICROVM_TESTBED:-}" ]; then
-		top=/var/tmp/disk
-		disk "$top"
-	fi
-	state=$(mktemp -d "$top/critest.XXXX")
+	local handler=$1 sandboxer=$2 reports=$3 group=$4 state rc=0 spec focus=()
+	state=$(mktemp -d /var/tmp/critest.XXXX)
 	# shellcheck disable=SC2064 # the folder is known now
 	trap "hack/containerd.sh wipe $state" EXIT
 	export CRI=$sandboxer

@@ -1,6 +1,6 @@
 #!/bin/bash
 # build.sh: make the outer machine (kernel, initramfs, modules) in the cache unless it is there, and print its directory.
-# The kernel is Debian's own 6.1 cloud kernel: it has kvm_amd, vhost and virtiofs, and stock kernels are what we must run on.
+# The kernel is Debian's own cloud kernel: it has kvm_amd, vhost and virtiofs, and stock kernels are what we must run on.
 set -euo pipefail
 # shellcheck source=../tools/lib.sh
 . "$(dirname "$0")/../tools/lib.sh"
@@ -8,7 +8,7 @@ here=$REPO/hack/testbed
 cache=$MICROVM_CACHE/testbed
 
 # Debian 12's qemu-system-common brings the virtiofsd that machine.sh starts.
-packages qemu-system-common busybox-static kmod cpio zstd util-linux iproute2 debian-archive-keyring >&2
+packages qemu-system-common busybox-static kmod cpio zstd xz-utils util-linux iproute2 debian-archive-keyring >&2
 
 key=$(cat "$here"/{build.sh,init,job.sh} "$here"/tsckhz/* | sha256sum | cut -c1-16)
 dir=$cache/machine-$key
@@ -18,13 +18,28 @@ if [ -f "$dir/kernel" ]; then echo "$dir"; exit 0; fi
 say "building the outer machine in $dir"
 scratch
 
-# The newest 6.1 cloud kernel apt knows of.
-newest() { apt-cache pkgnames linux-image-6.1.0- | grep -E '^linux-image-6\.1\.0-[0-9]+-cloud-amd64$' | sort -V | tail -n 1; }
-package=$(newest) || package=
-[ -n "$package" ] || { apt_update >&2; package=$(newest); } || die "apt knows no linux-image-6.1.0-*-cloud-amd64"
-pkg=$SCRATCH/pkg
-download_deb "$package" "$pkg"
+# QEMU of trixie-backports with the libraries it needs, unpacked where nothing else sees them, and the kernel of trixie. Debian 12's own
+# QEMU, 7.2, emulates SVM with holes (it does not intercept XSETBV), and its kernel, 6.1, cannot map the ids of a tmpfs.
+qemu=$SCRATCH/qemu pkg=$SCRATCH/pkg
+mkdir -p "$qemu" "$pkg" "$SCRATCH"/apt/{lists,archives}/partial
+site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Codename: bookworm' 'Component: main' | head -n 1)
+for suite in trixie trixie-backports; do
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${site:-http://deb.debian.org/debian} $suite main"
+done >"$SCRATCH/apt/sources.list"
+: >"$SCRATCH/apt/status" # nothing is installed: apt names every library
+apt=(-q -o Dir::Etc::sourcelist="$SCRATCH/apt/sources.list" -o Dir::Etc::sourceparts=- -o Dir::State::lists="$SCRATCH/apt/lists"
+	-o Dir::State::status="$SCRATCH/apt/status" -o Dir::Cache="$SCRATCH/apt" -o APT::Sandbox::User=root)
+{
+	apt-get "${apt[@]}" update
+	apt-get "${apt[@]}" install -y --no-install-recommends --download-only -t trixie-backports qemu-system-x86
+	for deb in "$SCRATCH"/apt/archives/*.deb; do dpkg -x "$deb" "$qemu"; done
+	kernel=$(apt-cache "${apt[@]}" pkgnames linux-image-6.12. | grep -E '^linux-image-6\.12\.[0-9]+\+deb13-cloud-amd64$' | sort -V | tail -n 1)
+	[ -n "$kernel" ] || die "Debian 13 has no linux-image-6.12.*-cloud-amd64"
+	(cd "$pkg" && apt-get "${apt[@]}" download "$kernel" && dpkg -x "$kernel"_*.deb . && rm "$kernel"_*.deb)
+} >&2
+mv "$pkg/usr/lib" "$pkg/lib"
 version=$(ls "$pkg/lib/modules")
+find "$pkg/lib/modules" -name '*.ko.xz' -exec unxz {} + # busybox loads them plain
 depmod -b "$pkg" "$version"
 
 # The initramfs has what it takes to reach the root share and what every run needs; other modules load from the tree later.
@@ -41,22 +56,6 @@ while read -r m; do
 	basename "$m" >>"$root/modules/order"
 done <"$SCRATCH/modules"
 
-# QEMU of trixie-backports with the libraries it needs, unpacked where nothing else sees them. Debian 12's own, 7.2, emulates SVM
-# with holes (it does not intercept XSETBV); under it, and more rarely under 10.0, guests were reset and the machine froze.
-qemu=$SCRATCH/qemu
-mkdir -p "$qemu" "$SCRATCH"/apt/{lists,archives}/partial
-site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Codename: bookworm' 'Component: main' | head -n 1)
-for suite in trixie trixie-backports; do
-	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${site:-http://deb.debian.org/debian} $suite main"
-done >"$SCRATCH/apt/sources.list"
-: >"$SCRATCH/apt/status" # nothing is installed: apt names every library
-apt=(-q -o Dir::Etc::sourcelist="$SCRATCH/apt/sources.list" -o Dir::Etc::sourceparts=- -o Dir::State::lists="$SCRATCH/apt/lists"
-	-o Dir::State::status="$SCRATCH/apt/status" -o Dir::Cache="$SCRATCH/apt" -o APT::Sandbox::User=root)
-{
-	apt-get "${apt[@]}" update
-	apt-get "${apt[@]}" install -y --no-install-recommends --download-only -t trixie-backports qemu-system-x86
-	for deb in "$SCRATCH"/apt/archives/*.deb; do dpkg -x "$deb" "$qemu"; done
-} >&2
 cat >"$qemu/run" <<-'X'
 	#!/bin/sh
 	# QEMU with its own loader and libraries.

@@ -38,14 +38,6 @@ run_group() {
 	esac
 }
 
-# disk DIR: a disk for a node in the emulated machine: tmpfs, which /var/tmp is there, cannot map ids in its Linux 6.1.
-disk() {
-	truncate -s 16G "$1.disk"
-	mkfs.ext4 -q "$1.disk"
-	mkdir "$1"
-	mount -o loop,discard "$1.disk" "$1"
-}
-
 # in_machine OUTPUT TEXT: does the output of a group in the emulated machine say so?
 in_machine() {
 	grep -qa '^testbed: running in the outer machine' "$1" && grep -qa "$2" "$1"

@@ -51,6 +51,10 @@ fi
 # -la57: five levels of page tables cost time in an emulator and nobody here needs them.
 # tsc=reliable: under TCG every virtual CPU's TSC is the host's, and the alternative is an HPET whose reads leave the emulator.
 # tsc_early_khz: see tsckhz.
+# isolcpus=0, and one processor more for that: the first one runs no task, and so no guest. QEMU takes IGNNE# back from the first
+# processor whenever any of them loads an x87 state (cpu_clear_ignne in target/i386, called by fxrstor and xrstor), by an
+# unsynchronized read, change and write of a word that also has the global interrupt flag and other state of SVM: what VMRUN or
+# #VMEXIT change on the first processor at that moment is lost. A guest is reset then, or the machine panics or hangs.
 # no_timer_check: on a busy host the timer check of early boot may see no tick in time.
 # file chardevs with append=on because QEMU would otherwise truncate on open; the pipes' readers wait in hack/testbed/run.
 # Half a minute more than the limit that job.sh keeps: boot, and time to say what hung. A machine that does not even come to
@@ -63,10 +67,10 @@ cat "$dir/monitor.out" >"$dir/monitor.log" &
 ) &
 timeout --signal=KILL $((limit + 30)) "$machine/qemu/run" \
 	-M q35,usb=off,sata=off,smbus=off,vmport=off,memory-backend=ram -accel tcg,thread=multi -cpu max,-la57 \
-	-smp "$cpus" -m "$mem" -object "memory-backend-memfd,id=ram,size=${mem}M,share=on" \
+	-smp $((cpus + 1)) -m "$mem" -object "memory-backend-memfd,id=ram,size=${mem}M,share=on" \
 	-nodefaults -no-user-config -display none -no-reboot -monitor pipe:"$dir/monitor" \
 	-kernel "$machine/kernel" -initrd "$machine/initramfs" \
-	-append "console=ttyS0 quiet panic=-1 tsc=reliable tsc_early_khz=$("$machine/tsckhz") no_timer_check mitigations=off testbed.dir=$dir testbed.out=$out testbed.machine=$machine testbed.limit=$limit" \
+	-append "console=ttyS0 quiet panic=-1 tsc=reliable tsc_early_khz=$("$machine/tsckhz") no_timer_check isolcpus=0 mitigations=off testbed.dir=$dir testbed.out=$out testbed.machine=$machine testbed.limit=$limit" \
 	-chardev "file,id=console,path=$dir/console.log,append=on" -serial chardev:console \
 	-device virtio-serial-pci -object rng-random,filename=/dev/urandom,id=rng -device virtio-rng-pci,rng=rng \
 	-chardev "file,id=stdout,path=$dir/stdout,append=on" -device virtserialport,chardev=stdout,name=stdout \
