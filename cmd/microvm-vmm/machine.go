@@ -171,6 +171,9 @@ func commandLine(c control.Config) string {
 		// There is no firmware, no interrupt controller before the APIC and one
 		// PCI bus: nothing to probe for.
 		"no_timer_check", "pci=lastbus=0,noearly",
+		// A pod has the kernel's first network namespace, and in it the links
+		// that its plugins have made: none that drivers make by themselves.
+		"dummy.numdummies=0", "fb_tunnels=none",
 	}
 	if c.MaxVCPUs > c.VCPUs {
 		// The others are brought on line by the agent, when they are wanted.

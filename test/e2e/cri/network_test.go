@@ -40,6 +40,9 @@ func TestNetworkInPod(t *testing.T) {
 	p := n.Pod(t)
 	v4, v6 := p.IPs(t)
 	c := p.Run(t)
+	if links := c.Get(t, "ls /sys/class/net"); strings.Join(strings.Fields(links), " ") != "eth0 lo" {
+		t.Errorf("links: %s", links)
+	}
 	addresses := c.Get(t, "ip addr show dev eth0")
 	for _, want := range []string{v4 + "/16", v6 + "/64", "mtu " + mtu, ",UP"} {
 		if !strings.Contains(addresses, want) {
