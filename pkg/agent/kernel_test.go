@@ -33,6 +33,10 @@ func TestGuest(t *testing.T) {
 		"/proc/sys/kernel/pid_max":                      "4194304",
 		"/proc/sys/fs/nr_open":                          "1073741816",
 		"/proc/sys/vm/max_map_count":                    "1048576",
+		"/proc/sys/kernel/threads-max":                  "4194304",
+		"/proc/sys/fs/file-max":                         "9223372036854775807",
+		"/proc/sys/fs/epoll/max_user_watches":           "4194304",
+		"/proc/sys/net/netfilter/nf_conntrack_max":      "65536",
 		"/proc/sys/net/ipv4/ip_unprivileged_port_start": "1024",
 		"/sys/class/net/lo/flags":                       "0x9", // IFF_UP|IFF_LOOPBACK
 	} {
