@@ -42,7 +42,8 @@ type guestSize struct {
 	mu sync.Mutex // one change at a time
 	// booted is the memory without any that was plugged: the VMM plugs none
 	// before the agent has said that it is ready.
-	booted uint64
+	booted  uint64
+	sockets *socketMemory
 }
 
 func newGuestSize(log *slog.Logger) (*guestSize, error) {
@@ -50,7 +51,11 @@ func newGuestSize(log *slog.Logger) (*guestSize, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &guestSize{log: log, dir: cpuDir, memory: totalMemory, booted: booted, stall: func(growing bool) time.Duration {
+	sockets, err := newSocketMemory("/proc")
+	if err != nil {
+		return nil, err
+	}
+	return &guestSize{log: log, dir: cpuDir, memory: totalMemory, booted: booted, sockets: sockets, stall: func(growing bool) time.Duration {
 		if growing {
 			return growStall
 		}
@@ -83,6 +88,9 @@ func (a *Agent) ResizeSandbox(ctx context.Context, r *agentproto.ResizeSandboxRe
 	plugged, err := s.awaitMemory(ctx, r.GetPluggedBytes())
 	if err != nil {
 		return nil, err
+	}
+	if err := s.sockets.follow(); err != nil {
+		s.log.Warn("limits of sockets stay as they are", "error", err)
 	}
 	return &agentproto.ResizeSandboxResponse{Cpus: uint32(cpus), PluggedBytes: plugged}, nil
 }

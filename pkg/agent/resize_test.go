@@ -46,7 +46,8 @@ func fakeSize(t *testing.T, cpus string, memory ...uint64) *guestSize {
 			}
 			return now, nil
 		},
-		stall: func(bool) time.Duration { return 20 * memoryPoll },
+		stall:   func(bool) time.Duration { return 20 * memoryPoll },
+		sockets: &socketMemory{proc: dir},
 	}
 }
 

@@ -112,6 +112,21 @@ func TestMachineGrowsAndShrinks(t *testing.T) {
 	node.Until(t, "there is more of both", func() bool { return memTotal(t, c) >= 1024 && c.Get(t, "nproc") == "2" })
 	n.MustCrictl(t, "update", "--memory", strconv.Itoa(128<<20), "--cpu-quota", "100000", "--cpu-period", "100000", c.ID)
 	node.Until(t, "there is less of both", func() bool { return memTotal(t, c) <= small+64 && c.Get(t, "nproc") == "1" })
+
+	// Enough for the kernel to have a part of it, and not only programs: its
+	// limit of all memory of TCP follows.
+	limit := func() int {
+		pages, err := strconv.Atoi(c.Get(t, "awk '{print $2}' /proc/sys/net/ipv4/tcp_mem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pages
+	}
+	before := limit()
+	n.MustCrictl(t, "update", "--memory", strconv.Itoa(3<<30), c.ID)
+	if now := limit(); memTotal(t, c) < 3072 || now <= before {
+		t.Errorf("MemTotal is %d MiB, the limit of TCP is %d pages, before it was %d", memTotal(t, c), now, before)
+	}
 }
 
 // The guest's kernel panics: only a privileged container can do that to its own machine.
