@@ -63,7 +63,7 @@ proto: ## generate the Go code of the protocols
 guest: build kernel image # what a virtual machine consists of
 
 .PHONY: test
-test: lint unit e2e-ci e2e-cri-ci soak-ci ## what CI runs: form, unit tests, and black-box tests of what matters most; stops at the first failure
+test: lint unit test-agent e2e-ci e2e-cri-ci soak-ci ## what CI runs: form, unit tests, the agent as first process, and black-box tests of what matters most; stops at the first failure
 
 .PHONY: test-all
 test-all: lint unit privileged test-agent test-guest e2e-all ## every test there is: hours in the test bed

@@ -4,7 +4,7 @@
 # With E2E_RUNTIME_HANDLER=runc the package cri runs on this host, which checks the tests themselves.
 # E2E_GROUP and E2E_LIMIT are how many tests run in one machine, and for how many seconds at most; what tests write to the
 # directory E2E_REPORT is kept.
-# The exit code is 1 if a test failed, or if more than a quarter of the groups could not be run.
+# The exit code is 1 if a test failed, or a group could not be run in two tries.
 set -euo pipefail
 # shellcheck source=tools/lib.sh
 . "$(dirname "$0")/tools/lib.sh"

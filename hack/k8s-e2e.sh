@@ -115,8 +115,6 @@ machine() {
 	hack/k8s.sh node /var/tmp/k8s "$OUT/credentials" || touch "$OUT/rc"
 	until [ -e "$OUT/rc" ]; do sleep 1; done
 	logs /var/tmp/k8s
-	# What groups.sh looks for.
-	grep -h -e "$RESET" -e "$SILENT" "$OUT/containerd.log" || :
 	exit "$(grep . "$OUT/rc" || echo 1)"
 }
 
