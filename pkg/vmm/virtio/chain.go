@@ -41,6 +41,8 @@ type Chain struct {
 	// Writable those for its answer. None is empty. The device may reslice
 	// both.
 	Readable, Writable [][]byte
+	// Ticket is the device's own.
+	Ticket uint64
 
 	queue                    *Queue
 	head                     uint16

@@ -16,8 +16,10 @@ func Serve(q *Queue, fail func(error), handle func(*Chain) (written uint32, done
 
 // ServeConcurrently is Serve for a handle that blocks: n goroutines call it at
 // the same time, for different chains. Chains are completed in the order in
-// which handle returns. ServeConcurrently returns when all calls have returned.
-func ServeConcurrently(q *Queue, n int, fail func(error), handle func(*Chain) (written uint32, done bool)) {
+// which handle returns. arrive, unless it is nil, is called before that, for one
+// chain at a time in the order of the driver's. ServeConcurrently returns when all
+// calls have returned.
+func ServeConcurrently(q *Queue, n int, fail func(error), arrive func(*Chain), handle func(*Chain) (written uint32, done bool)) {
 	// One goroutine waits for the driver and the others for its turn. Who gets
 	// a chain handles it: no hand-over is in the way of a single request.
 	var turn sync.Mutex
@@ -30,6 +32,9 @@ func ServeConcurrently(q *Queue, n int, fail func(error), handle func(*Chain) (w
 		}
 		c := q.await(fail)
 		stopped = c == nil
+		if c != nil && arrive != nil {
+			arrive(c)
+		}
 		return c
 	}
 	var workers sync.WaitGroup

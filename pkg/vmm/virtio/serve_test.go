@@ -50,7 +50,7 @@ func (e *echo) Activate(a virtio.Activation) error {
 		return uint32(n), true
 	}
 	if e.pool {
-		e.stopped.Go(func() { virtio.ServeConcurrently(q, e.workers, a.Fail, answer) })
+		e.stopped.Go(func() { virtio.ServeConcurrently(q, e.workers, a.Fail, nil, answer) })
 		return nil
 	}
 	jobs := make(chan *virtio.Chain, q.Size())

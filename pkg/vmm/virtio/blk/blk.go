@@ -147,7 +147,7 @@ func (d *Device) Activate(a virtio.Activation) error {
 	}
 	d.disk.gate.Open()
 	s := &session{disk: d.disk, readOnly: d.readOnly, serial: d.serial, features: a.Features}
-	d.serving.Go(func() { virtio.ServeConcurrently(q, workers, a.Fail, s.handle) })
+	d.serving.Go(func() { virtio.ServeConcurrently(q, workers, a.Fail, nil, s.handle) })
 	return nil
 }
 

@@ -156,13 +156,15 @@ func (d *Device) Activate(a virtio.Activation) error {
 		if i < firstQueue {
 			workers = 1
 		}
+		arrive := func(c *virtio.Chain) { c.Ticket = d.server.Arrive(c.Readable) }
 		handle := func(c *virtio.Chain) (written uint32, done bool) {
+			defer d.server.Handled(c.Ticket)
 			return d.server.Handle(c.Readable, c.Writable, func(written uint32) {
 				q.Complete(c, written)
 				q.Flush()
 			})
 		}
-		d.running.Go(func() { virtio.ServeConcurrently(q, workers, a.Fail, handle) })
+		d.running.Go(func() { virtio.ServeConcurrently(q, workers, a.Fail, arrive, handle) })
 	}
 	return nil
 }

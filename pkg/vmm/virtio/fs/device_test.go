@@ -178,6 +178,48 @@ func TestConcurrentRequests(t *testing.T) {
 	done.Wait()
 }
 
+// Linux does not wait for the answer to RELEASE, with which flock and OFD locks
+// end: who asks for the lock behind it must get it, whichever worker is faster.
+func TestLocksEndInOrder(t *testing.T) {
+	d := newDriver(t, newDevice(t, Config{}))
+	guest := guestOn(t, d, firstQueue)
+	guest.Init()
+	e, b, errno := guest.Create(fuse.RootID, "file", unix.O_RDWR, 0o644, 0)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	lock := fuse.FileLock{End: 1<<63 - 1, Type: unix.F_WRLCK}
+	unlock := fuse.FileLock{End: 1<<63 - 1, Type: unix.F_UNLCK}
+	for i := range 500 {
+		// By turns a flock and an OFD lock: the owner of that is the open file.
+		flags, released := uint32(fuse.LkFlock), uint32(fuse.ReleaseFlockUnlock)
+		if i%2 == 1 {
+			flags, released = 0, 0
+		}
+		a, errno := guest.Open(e.NodeID, unix.O_RDWR)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		if errno := guest.Setlk(e.NodeID, a, 1, lock, flags); errno != 0 {
+			t.Fatal(errno)
+		}
+		args := fusetest.Pack(a, 0, released, uint64(0))
+		release := d.Send(firstQueue, [][]byte{guest.Header(fuse.Release, e.NodeID, guest.Unique(), fuse.InHeaderSize+len(args)), args}, []int{fuse.OutHeaderSize})
+		if i%4 == 3 {
+			if found, errno := guest.Getlk(e.NodeID, b, 2, lock); errno != 0 || found.Type != unix.F_UNLCK {
+				t.Fatalf("round %d: GETLK: %+v, %v", i, found, errno)
+			}
+		}
+		if errno := guest.Setlk(e.NodeID, b, 2, lock, flags); errno != 0 {
+			t.Fatalf("round %d: %v", i, errno)
+		}
+		release.Wait(t)
+		if errno := guest.Setlk(e.NodeID, b, 2, unlock, flags); errno != 0 {
+			t.Fatal(errno)
+		}
+	}
+}
+
 func TestResetEndsLockWaits(t *testing.T) {
 	d := newDriver(t, newDevice(t, Config{Workers: 1}))
 	guest := guestOn(t, d, firstQueue)

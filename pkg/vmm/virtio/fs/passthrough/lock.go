@@ -12,6 +12,10 @@ import (
 // all. OFD and flock locks belong to an open file. On the host, flock locks are
 // taken on the handle's descriptor, and all others as OFD locks, on a descriptor
 // for each owner and node, which is closed when the owner's locks end.
+//
+// The guest does not wait for the answer to RELEASE, which ends the locks of an
+// open file. Requests are served concurrently: one that finds a lock looks again
+// when the RELEASEs that have arrived before are done.
 
 // lockKey is an owner of POSIX or OFD locks on a node. The owner is a number of
 // the guest kernel's.
@@ -59,11 +63,19 @@ func (s *Server) getlk(r *request) unix.Errno {
 	if req.flock || req.lock.Type == unix.F_UNLCK {
 		return unix.EINVAL
 	}
-	found := req.lock
-	if o := s.locks.find(req.key); o != nil {
-		errno = o.test(&found)
-	} else {
-		errno = testLock(req.handle.fd, &found)
+	test := func() (found unix.Flock_t, errno unix.Errno) {
+		found = req.lock
+		if o := s.locks.find(req.key); o != nil {
+			errno = o.test(&found)
+		} else {
+			errno = testLock(req.handle.fd, &found)
+		}
+		return found, errno
+	}
+	found, errno := test()
+	if errno == 0 && found.Type != unix.F_UNLCK {
+		s.releases.await()
+		found, errno = test()
 	}
 	if errno != 0 {
 		return errno
@@ -85,7 +97,11 @@ func (s *Server) setlk(r *request) unix.Errno {
 		return errno
 	}
 	defer s.handles.put(req.handle)
-	return s.setLock(&req)
+	if errno = s.setLock(&req); errno == unix.EAGAIN {
+		s.releases.await()
+		errno = s.setLock(&req)
+	}
+	return errno
 }
 
 // setlkw waits for the lock, in a goroutine: a worker cannot be spared as long

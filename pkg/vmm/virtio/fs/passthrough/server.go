@@ -109,6 +109,8 @@ type Server struct {
 	handles *handleTable
 	locks   *lockTable
 	devices deviceTable
+	// releases are the RELEASE requests that have arrived.
+	releases order
 
 	session atomic.Pointer[session] // nil before INIT
 	syncing sync.Mutex              // one SYNCFS at a time
