@@ -138,7 +138,7 @@ case ${2:-} in runc) LEFT_OUT+="|$LEFT_OUT_OF_HOST" ;; *) LEFT_OUT+="|$LEFT_OUT_
 export SUITE=$1 HANDLER=${2:-microvm} CRI=${3:-podsandbox} OUT STATE
 pattern=${4:-.}
 case $CRI in podsandbox | shim) ;; *) die "unknown sandboxer $CRI" ;; esac
-packages openssl nftables util-linux e2fsprogs
+packages openssl nftables util-linux
 (cd test/e2e/k8s && CGO_ENABLED=0 go test -c -trimpath -tags e2e -o "$REPO/bin/e2e-k8s.test" .)
 (cd hack/images && CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$REPO/bin/" ./registry)
 

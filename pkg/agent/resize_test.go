@@ -22,19 +22,10 @@ import (
 func fakeSize(t *testing.T, cpus string, memory ...uint64) *guestSize {
 	t.Helper()
 	dir := t.TempDir()
-	write := func(name, text string) {
-		t.Helper()
-		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write("present", "0-"+strconv.Itoa(len(cpus)-1)+"\n")
+	writeBelow(t, dir, "present", "0-"+strconv.Itoa(len(cpus)-1)+"\n")
 	for i, state := range cpus {
 		if state != '-' {
-			write("cpu"+strconv.Itoa(i)+"/online", string(state)+"\n")
+			writeBelow(t, dir, "cpu"+strconv.Itoa(i)+"/online", string(state)+"\n")
 		}
 	}
 	return &guestSize{
@@ -48,6 +39,18 @@ func fakeSize(t *testing.T, cpus string, memory ...uint64) *guestSize {
 		},
 		stall:   func(bool) time.Duration { return 20 * memoryPoll },
 		sockets: &socketMemory{proc: dir},
+	}
+}
+
+// writeBelow writes a file below dir, and makes the directories on the way.
+func writeBelow(t *testing.T, dir, name, text string) {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
 	}
 }
 

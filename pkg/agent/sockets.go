@@ -26,17 +26,23 @@ var socketShares = map[string]uint64{"tcp_mem": 16, "udp_mem": 8}
 func newSocketMemory(proc string) (*socketMemory, error) {
 	m := &socketMemory{proc: proc, set: map[string]string{}}
 	for name := range socketShares {
-		now, err := os.ReadFile(m.file(name))
+		now, err := m.read(name)
 		if err != nil {
 			return nil, fmt.Errorf("limits of sockets: %w", err)
 		}
-		m.set[name] = strings.Join(strings.Fields(string(now)), " ")
+		m.set[name] = now
 	}
 	return m, nil
 }
 
 func (m *socketMemory) file(name string) string {
 	return filepath.Join(m.proc, "sys/net/ipv4", name)
+}
+
+// read returns a limit's three numbers, with a space between them.
+func (m *socketMemory) read(name string) (string, error) {
+	text, err := os.ReadFile(m.file(name))
+	return strings.Join(strings.Fields(string(text)), " "), err
 }
 
 // follow sets the limits for the memory that there is now.
@@ -47,12 +53,12 @@ func (m *socketMemory) follow() error {
 	}
 	var failed error
 	for name, share := range socketShares {
-		now, err := os.ReadFile(m.file(name))
+		now, err := m.read(name)
 		if err != nil {
 			failed = errors.Join(failed, err)
 			continue
 		}
-		if strings.Join(strings.Fields(string(now)), " ") != m.set[name] {
+		if now != m.set[name] {
 			continue
 		}
 		// Below the first nothing is limited, at the second sockets get less,

@@ -1,22 +1,12 @@
 package agent
 
-import (
-	"os"
-	"path/filepath"
-	"strings"
-	"testing"
-)
+import "testing"
 
 func TestSocketMemory(t *testing.T) {
 	proc := t.TempDir()
 	write := func(name, text string) {
 		t.Helper()
-		if err := os.MkdirAll(filepath.Dir(filepath.Join(proc, name)), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(proc, name), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		writeBelow(t, proc, name, text)
 	}
 	const (
 		tcp, udp = "sys/net/ipv4/tcp_mem", "sys/net/ipv4/udp_mem"
@@ -64,9 +54,9 @@ Node 0, zone  Movable
 		if err := m.follow(); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
-		for name, want := range map[string]string{tcp: wantTCP, udp: wantUDP} {
-			got, err := os.ReadFile(filepath.Join(proc, name))
-			if err != nil || strings.Join(strings.Fields(string(got)), " ") != want {
+		for name, want := range map[string]string{"tcp_mem": wantTCP, "udp_mem": wantUDP} {
+			got, err := m.read(name)
+			if err != nil || got != want {
 				t.Errorf("%s: %s is %q, %v, want %q", what, name, got, err, want)
 			}
 		}

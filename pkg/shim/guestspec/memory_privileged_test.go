@@ -15,44 +15,46 @@ import (
 // A volume that the kubelet has in memory becomes the guest's, whole and in part; everything else is shared.
 func TestMemoryVolume(t *testing.T) {
 	kubelet := t.TempDir()
-	mount := func(source, dir, fstype string, flags uintptr, data string) {
+	mkdir := func(dir string, mode os.FileMode) {
 		t.Helper()
-		if err := os.MkdirAll(dir, 0o755); err != nil {
+		if err := os.MkdirAll(dir, mode); err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Mount(source, dir, fstype, flags, data); err != nil {
+	}
+	touch := func(file string) {
+		t.Helper()
+		if err := os.WriteFile(file, nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	}
+	mount := func(source, target, fstype string, flags uintptr, data string) {
+		t.Helper()
+		if err := unix.Mount(source, target, fstype, flags, data); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(target, unix.MNT_DETACH) })
 	}
 	pod := filepath.Join(kubelet, "pods/u")
 	memory := filepath.Join(pod, "volumes/kubernetes.io~empty-dir/memory")
+	mkdir(memory, 0o755)
 	mount("tmpfs", memory, "tmpfs", 0, "size=8m,mode=2777,gid=4000")
 	part := filepath.Join(memory, "a/b")
-	if err := os.MkdirAll(part, 0o750); err != nil {
-		t.Fatal(err)
-	}
+	mkdir(part, 0o750)
 	file := filepath.Join(memory, "file")
-	if err := os.WriteFile(file, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	touch(file)
 	subPath := filepath.Join(pod, "volume-subpaths/memory/c/0")
+	mkdir(subPath, 0o755)
 	mount(part, subPath, "", unix.MS_BIND, "")
 	filePath := filepath.Join(pod, "volume-subpaths/memory/c/1")
-	if err := os.WriteFile(filePath, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount(file, filePath, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Unmount(filePath, unix.MNT_DETACH) })
+	touch(filePath)
+	mount(file, filePath, "", unix.MS_BIND, "")
 	disk := filepath.Join(pod, "volumes/kubernetes.io~empty-dir/disk")
+	mkdir(disk, 0o755)
 	secret := filepath.Join(pod, "volumes/kubernetes.io~secret/memory")
-	mount("tmpfs", secret, "tmpfs", 0, "")
 	other := filepath.Join(kubelet, "pods/other/volumes/kubernetes.io~empty-dir/memory")
-	mount("tmpfs", other, "tmpfs", 0, "")
-	if err := os.MkdirAll(disk, 0o755); err != nil {
-		t.Fatal(err)
+	for _, dir := range []string{secret, other} {
+		mkdir(dir, 0o755)
+		mount("tmpfs", dir, "tmpfs", 0, "")
 	}
 
 	whole := MemoryVolume{Name: "memory", Bytes: 8 << 20, Mode: 0o2777, GID: 4000, Mountpoint: "/run/microvm/storage/c1/memory/0"}

@@ -56,6 +56,19 @@ func guestOn(t testing.TB, d *virtiotest.Driver, queue int) *fusetest.Client {
 	})
 }
 
+// guestWithFile makes a client with a session and a file of its own, open for
+// reading and writing.
+func guestWithFile(t testing.TB, d *virtiotest.Driver) (guest *fusetest.Client, e fuse.EntryOut, fh uint64) {
+	t.Helper()
+	guest = guestOn(t, d, firstQueue)
+	guest.Init()
+	e, fh, errno := guest.Create(fuse.RootID, "file", unix.O_RDWR, 0o644, 0)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	return guest, e, fh
+}
+
 func newDriver(t testing.TB, d *Device) *virtiotest.Driver {
 	return virtiotest.NewDriver(t, d, virtiotest.Options{Memory: virtiotest.NewMemory(t, 1<<20, 32<<20)})
 }
@@ -124,13 +137,8 @@ func TestThroughQueues(t *testing.T) {
 	}
 	defer root.Close()
 	d := newDriver(t, newDevice(t, Config{Root: root, Queues: 2}))
-	guest := guestOn(t, d, firstQueue)
-	guest.Init()
+	guest, e, fh := guestWithFile(t, d)
 	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16) // 1 MiB: 256 pages each way
-	e, fh, errno := guest.Create(fuse.RootID, "file", unix.O_RDWR, 0o644, 0)
-	if errno != 0 {
-		t.Fatal(errno)
-	}
 	if n, errno := guest.Write(e.NodeID, fh, 0, data); errno != 0 || n != len(data) {
 		t.Fatalf("WRITE: %d, %v", n, errno)
 	}
@@ -182,12 +190,7 @@ func TestConcurrentRequests(t *testing.T) {
 // end: who asks for the lock behind it must get it, whichever worker is faster.
 func TestLocksEndInOrder(t *testing.T) {
 	d := newDriver(t, newDevice(t, Config{}))
-	guest := guestOn(t, d, firstQueue)
-	guest.Init()
-	e, b, errno := guest.Create(fuse.RootID, "file", unix.O_RDWR, 0o644, 0)
-	if errno != 0 {
-		t.Fatal(errno)
-	}
+	guest, e, b := guestWithFile(t, d)
 	lock := fuse.FileLock{End: 1<<63 - 1, Type: unix.F_WRLCK}
 	unlock := fuse.FileLock{End: 1<<63 - 1, Type: unix.F_UNLCK}
 	for i := range 500 {
@@ -222,12 +225,7 @@ func TestLocksEndInOrder(t *testing.T) {
 
 func TestResetEndsLockWaits(t *testing.T) {
 	d := newDriver(t, newDevice(t, Config{Workers: 1}))
-	guest := guestOn(t, d, firstQueue)
-	guest.Init()
-	e, fh, errno := guest.Create(fuse.RootID, "file", unix.O_RDWR, 0o644, 0)
-	if errno != 0 {
-		t.Fatal(errno)
-	}
+	guest, e, fh := guestWithFile(t, d)
 	lock := fuse.FileLock{End: 1<<63 - 1, Type: unix.F_WRLCK}
 	if errno := guest.Setlk(e.NodeID, fh, 1, lock, 0); errno != 0 {
 		t.Fatal(errno)
@@ -255,7 +253,7 @@ func TestResetEndsLockWaits(t *testing.T) {
 	if _, errno := guest.Read(e.NodeID, fh, 0, 10); errno != unix.EBADF {
 		t.Errorf("READ of a handle of before: %v", errno)
 	}
-	e, errno = guest.Lookup(fuse.RootID, "file")
+	e, errno := guest.Lookup(fuse.RootID, "file")
 	if errno != 0 {
 		t.Fatal(errno)
 	}
@@ -306,12 +304,7 @@ func TestBrokenRing(t *testing.T) {
 // TestOddChains sends requests cut into pieces as no kernel does.
 func TestOddChains(t *testing.T) {
 	d := newDriver(t, newDevice(t, Config{}))
-	guest := guestOn(t, d, firstQueue)
-	guest.Init()
-	e, fh, errno := guest.Create(fuse.RootID, "file", unix.O_RDWR, 0o644, 0)
-	if errno != 0 {
-		t.Fatal(errno)
-	}
+	guest, e, fh := guestWithFile(t, d)
 	// WRITE with a byte in each buffer, the header too.
 	data := []byte("some bytes")
 	whole := append(guest.Header(fuse.Write, e.NodeID, 77, fuse.InHeaderSize+fuse.WriteInSize+len(data)),
