@@ -112,7 +112,17 @@ func restartContainerd(t *testing.T, n *pods.Node) {
 
 func ready(t *testing.T, p *pods.Pod) bool {
 	t.Helper()
-	return p.Status(t).State == cri.PodSandboxState_SANDBOX_READY
+	var status *cri.PodSandboxStatus
+	node.Until(t, "containerd knows the pod's state", func() bool {
+		var err error
+		status, err = p.TryStatus(t)
+		// Under the sandboxer shim it asks a shim that has been killed until it has noticed.
+		if err != nil && !strings.Contains(err.Error(), "ttrpc: closed") {
+			t.Fatalf("status of the pod: %v", err)
+		}
+		return err == nil
+	})
+	return status.State == cri.PodSandboxState_SANDBOX_READY
 }
 
 // removeByName removes every pod of a configuration's name, as crictl does and as a user would. A pod that could not be run has

@@ -192,11 +192,18 @@ func (p *Pod) Config() *cri.PodSandboxConfig { return p.config }
 // Status is what CRI says of the pod.
 func (p *Pod) Status(t *testing.T) *cri.PodSandboxStatus {
 	t.Helper()
-	r, err := p.node.CRI.PodSandboxStatus(p.node.Context(t), &cri.PodSandboxStatusRequest{PodSandboxId: p.ID})
+	status, err := p.TryStatus(t)
 	if err != nil {
 		t.Fatalf("status of the pod: %v", err)
 	}
-	return r.Status
+	return status
+}
+
+// TryStatus is Status, where containerd may not know.
+func (p *Pod) TryStatus(t *testing.T) (*cri.PodSandboxStatus, error) {
+	t.Helper()
+	r, err := p.node.CRI.PodSandboxStatus(p.node.Context(t), &cri.PodSandboxStatusRequest{PodSandboxId: p.ID})
+	return r.GetStatus(), err
 }
 
 // IPs are the pod's addresses, the IPv4 one first.
