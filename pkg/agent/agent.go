@@ -60,6 +60,8 @@ type Agent struct {
 	podInit  *podInit
 	ready    int64
 
+	sharedMounts sharedMounts
+
 	shutdown     chan struct{}
 	shutdownOnce sync.Once
 

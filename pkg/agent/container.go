@@ -51,6 +51,8 @@ type container struct {
 	shared   string   // its part of the shared directory
 	storages []string // mount points, in order of mounting
 	init     *process
+	// sharedMounts are the agent's.
+	sharedMounts *sharedMounts
 
 	// running is held while a process is started and while the container is
 	// paused or destroyed: what is started in a frozen cgroup stops halfway,
@@ -283,8 +285,7 @@ func (c *container) destroy(ctx context.Context) error {
 // unmount unmounts all that was mounted for the container.
 func (c *container) unmount() error {
 	c.closeVolumes()
-	err := unmountBelow(c.shared)
-	return errors.Join(err, unmountStorages(c.storages))
+	return errors.Join(unmountShares(c.shared), c.sharedMounts.release(c), unmountStorages(c.storages))
 }
 
 // end kills all processes of the container and waits until they have ended.

@@ -61,6 +61,8 @@ func (a *Agent) createContainer(ctx context.Context, r *agentproto.CreateContain
 		id:     r.GetId(),
 		shared: filepath.Join(a.config.Root, sharedDir, r.GetId()),
 		execs:  make(map[string]*process),
+
+		sharedMounts: &a.sharedMounts,
 	}
 	c.init = newProcess(c, "", io, a.log)
 	// On failure all is undone, in the opposite order.

@@ -248,19 +248,16 @@ func releaseDisk(path string, timeout time.Duration) error {
 	return nil
 }
 
-// unmountBelow unmounts what the kernel has mounted by itself below dir: where
+// unmountShares unmounts what the kernel has mounted by itself at dir and below: where
 // the host has a mount in the shared directory, the guest gets one when it first
 // goes there. As long as the guest has it, the host cannot unmount its own.
-func unmountBelow(dir string) error {
+func unmountShares(dir string) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return fmt.Errorf("list the mounts below %s: %w", dir, err)
 	}
 	var errs []error
 	for _, m := range mounts {
-		if m.Mountpoint == dir {
-			continue
-		}
 		// Takes along what is mounted below; that is EINVAL then.
 		err := unix.Unmount(m.Mountpoint, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
 		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {

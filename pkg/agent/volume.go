@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -55,7 +56,11 @@ func (c *container) volumeChanged(mount uint32) error {
 		}
 		c.volumes[mount] = v
 	}
-	dir, err := openBelow(unix.AT_FDCWD, filepath.Join(c.shared, "mounts", strconv.FormatUint(uint64(mount), 10)))
+	path, err := followShare(filepath.Join(c.shared, "mounts", strconv.FormatUint(uint64(mount), 10)))
+	if err != nil {
+		return err
+	}
+	dir, err := openBelow(unix.AT_FDCWD, path)
 	if err != nil {
 		return err
 	}
@@ -72,7 +77,8 @@ func (c *container) volumeChanged(mount uint32) error {
 // openShares has the kernel mount what is shared for a container's mounts, here
 // and not in the container's namespace: each time that it goes to a mount of the
 // host's for the first time in a namespace it makes another file system of it,
-// whose watches know nothing of this one's events.
+// whose watches know nothing of this one's events, nor its sockets of this one's
+// listeners. The mounts are made to name what the shared directory's links lead to.
 //
 // What is read-only, but not recursively, gets so as a file system, and libcontainer
 // is not to see to it. Where the host has a mount below, the kernel makes one
@@ -83,7 +89,15 @@ func (c *container) openShares(mounts []specs.Mount) error {
 		if rel, err := filepath.Rel(c.shared, m.Source); err != nil || !filepath.IsLocal(rel) {
 			continue
 		}
-		dir, err := openBelow(unix.AT_FDCWD, m.Source)
+		source, err := followShare(m.Source)
+		if err != nil {
+			return err
+		}
+		if source != m.Source {
+			mounts[i].Source = source
+			c.sharedMounts.hold(c, source)
+		}
+		dir, err := openBelow(unix.AT_FDCWD, source)
 		if err != nil {
 			continue // It may be a file, or not be there, of which libcontainer will tell.
 		}
@@ -97,6 +111,52 @@ func (c *container) openShares(mounts []specs.Mount) error {
 		}
 	}
 	return nil
+}
+
+// followShare returns what a link in the shared directory leads to, or the path
+// itself.
+func followShare(path string) (string, error) {
+	target, err := os.Readlink(path)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, os.ErrNotExist) {
+		return path, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(filepath.Dir(path), target), nil
+}
+
+// sharedMounts are the volumes that several containers may have: the last one to
+// end unmounts them.
+type sharedMounts struct {
+	mu    sync.Mutex
+	users map[string][]*container // by path
+}
+
+func (s *sharedMounts) hold(c *container, path string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.users == nil {
+		s.users = map[string][]*container{}
+	}
+	s.users[path] = append(s.users[path], c)
+}
+
+// release is for all that the container holds.
+func (s *sharedMounts) release(c *container) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for path, users := range s.users {
+		left := without(users, func(u *container) bool { return u == c })
+		if len(left) > 0 {
+			s.users[path] = left
+			continue
+		}
+		delete(s.users, path)
+		errs = append(errs, unmountShares(path))
+	}
+	return errors.Join(errs...)
 }
 
 // readOnly says whether a mount with these options is read-only, but not what is

@@ -71,8 +71,8 @@ func TestSandboxer(t *testing.T) {
 	for range 2 {
 		run(t, task, "c1", container)
 		mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", n.shims()[0]))
-		if err != nil || !strings.Contains(string(mounts), n.root+"/ns/pod1/shared/tree/c1/mounts/0") {
-			t.Errorf("the pod's files are not mounted: %v", err)
+		if err != nil || !strings.Contains(string(mounts), "/microvm-hosts "+n.root+"/ns/pod1/shared/tree/.volumes/") {
+			t.Errorf("the pod's files are not mounted: %v\n%s", err, mounts)
 		}
 		task.Kill(ctx, &taskv3.KillRequest{ID: "c1", Signal: 9})
 		if _, err := task.Wait(ctx, &taskv3.WaitRequest{ID: "c1"}); err != nil {

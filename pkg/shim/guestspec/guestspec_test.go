@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -215,6 +216,37 @@ func TestMounts(t *testing.T) {
 				t.Errorf("on the host %+v, want %+v", r.Mounts, *test.host)
 			}
 		})
+	}
+}
+
+// An emptyDir is the same mount for all containers of the pod: the guest keeps those from writing that may only read.
+func TestReadOnlyEmptyDir(t *testing.T) {
+	kubelet := t.TempDir()
+	for _, test := range []struct {
+		dir   string
+		guest []string
+		host  Mount
+	}{
+		{"pods/u/volumes/kubernetes.io~empty-dir/v", []string{"rbind", "rprivate", "ro", "rro"}, Mount{}},
+		{"pods/u/volumes/kubernetes.io~empty-dir/v/dir", []string{"rbind", "rprivate", "ro"}, Mount{ReadOnly: true}},
+		{"pods/other/volumes/kubernetes.io~empty-dir/v", []string{"rbind", "rprivate", "ro"}, Mount{ReadOnly: true}},
+		{"pods/u/volumes/kubernetes.io~secret/v", []string{"rbind", "rprivate", "ro"}, Mount{ReadOnly: true}},
+	} {
+		test.host.Source = filepath.Join(kubelet, test.dir)
+		test.host.Destination, test.host.Recursive, test.host.RecursivePrivate = "/v", true, true
+		if err := os.MkdirAll(test.host.Source, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		spec := base()
+		spec.Annotations = map[string]string{sandboxUID: "u"}
+		spec.Mounts = []specs.Mount{{Destination: "/v", Type: "bind", Source: test.host.Source, Options: []string{"rbind", "rprivate", "ro"}}}
+		r := rewrite(t, spec, first)
+		if len(r.Mounts) != 1 || !reflect.DeepEqual(r.Mounts[0], test.host) {
+			t.Errorf("%s: on the host %+v, want %+v", test.dir, r.Mounts, test.host)
+		}
+		if got := r.Spec.Mounts[0].Options; !slices.Equal(got, test.guest) {
+			t.Errorf("%s: in the guest %q, want %q", test.dir, got, test.guest)
+		}
 	}
 }
 

@@ -42,17 +42,12 @@ type Directory struct {
 // and returns nil for anything else. What is on the host in such a volume stays
 // there: at the start it is empty.
 func memoryVolume(spec *specs.Spec, target string, fs unix.Statfs_t) (*MemoryVolume, error) {
-	uid := spec.Annotations[sandboxUID]
-	if uid == "" || fs.Type != unix.TMPFS_MAGIC {
+	if fs.Type != unix.TMPFS_MAGIC {
 		return nil, nil
 	}
-	pods, rest, ok := strings.Cut(target, "/pods/"+uid+"/")
-	if !ok {
-		return nil, nil
-	}
-	place := strings.Split(rest, "/")
+	pods, uid, place := ofPod(spec, target)
 	switch {
-	case len(place) == 3 && place[0] == "volumes" && place[1] == "kubernetes.io~empty-dir":
+	case isEmptyDir(place):
 	case len(place) == 4 && place[0] == "volume-subpaths":
 	default:
 		return nil, nil
@@ -98,6 +93,23 @@ func memoryVolume(spec *specs.Spec, target string, fs unix.Statfs_t) (*MemoryVol
 		v.Directories = append(v.Directories, Directory{Path: path, Mode: st.Mode & 0o7777})
 	}
 	return v, nil
+}
+
+// ofPod cuts a path below the kubelet's directory for the container's pod: what
+// that of all pods is below, the pod's uid, and the elements that follow, of which
+// there are none for any other path.
+func ofPod(spec *specs.Spec, target string) (pods, uid string, place []string) {
+	uid = spec.Annotations[sandboxUID]
+	pods, rest, ok := strings.Cut(target, "/pods/"+uid+"/")
+	if uid == "" || !ok {
+		return "", "", nil
+	}
+	return pods, uid, strings.Split(rest, "/")
+}
+
+// isEmptyDir recognises the root of an emptyDir.
+func isEmptyDir(place []string) bool {
+	return len(place) == 3 && place[0] == "volumes" && place[1] == "kubernetes.io~empty-dir"
 }
 
 // inMemory gives the container a volume in the guest's memory.

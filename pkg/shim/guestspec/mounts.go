@@ -173,6 +173,12 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 	m.Options = slices.DeleteFunc(m.Options, func(option string) bool {
 		return option == "idmap" || option == "ridmap"
 	})
+	if _, _, place := ofPod(r.Spec, target); isEmptyDir(place) && (mount.ReadOnly || mount.RecursiveReadOnly) {
+		// What is the pod's own anyhow is the same mount for those of its
+		// containers that may only read: they are kept from writing by the guest.
+		mount.ReadOnly, mount.RecursiveReadOnly = false, false
+		m.Options = append(m.Options, "rro")
+	}
 	r.share(m, in, mount)
 	return nil
 }

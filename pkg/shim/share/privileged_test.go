@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -89,9 +90,28 @@ func read(t *testing.T, tree *Tree, name, want string) {
 	}
 }
 
+// wantEmpty fails the test if the tree has more than it begins with.
+func wantEmpty(t *testing.T, tree *Tree) {
+	t.Helper()
+	var names []string
+	for _, dir := range []string{"", volumesName} {
+		entries, err := os.ReadDir(filepath.Join(tree.path, dir))
+		if err != nil {
+			t.Error(err)
+		}
+		for _, e := range entries {
+			names = append(names, filepath.Join(dir, e.Name()))
+		}
+	}
+	if !slices.Equal(names, []string{volumesName}) || len(tree.volumes) > 0 {
+		t.Errorf("left: %q and %d volumes", names, len(tree.volumes))
+	}
+}
+
 func mountsBelow(t *testing.T, path string) int {
 	t.Helper()
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	// The first thread may be one that OnHost has left in the other namespace.
+	data, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,10 +166,7 @@ func TestTree(t *testing.T) {
 	if n := mountsBelow(t, tree.path); n != 0 {
 		t.Errorf("%d mounts left", n)
 	}
-	entries, err := os.ReadDir(tree.path)
-	if err != nil || len(entries) != 0 {
-		t.Errorf("left: %v, %v", entries, err)
-	}
+	wantEmpty(t, tree)
 	if _, err := os.Stat(filepath.Join(source, "file")); err != nil {
 		t.Error(err)
 	}
@@ -221,6 +238,101 @@ func TestMountsOfTheHost(t *testing.T) {
 			t.Errorf("write %s: %v, want %v", name, err, want)
 		}
 	}
+}
+
+// Containers that bind the same have one mount of it, as long as there is one of them.
+func TestVolumes(t *testing.T) {
+	tree := newTree(t)
+	dir := files(t, "volume/file", "volume/dir/file", "other/file")
+	root, volume := files(t), filepath.Join(dir, "volume")
+	if err := os.Symlink(volume, filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	remount := func(flags uintptr) {
+		t.Helper()
+		if err := in(hostNamespace(), func() error { return unix.Mount("", volume, "", unix.MS_BIND|unix.MS_REMOUNT|flags, "") }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bind := func(source, target string) {
+		t.Helper()
+		if err := in(hostNamespace(), func() error { return unix.Mount(source, target, "", unix.MS_BIND, "") }); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { in(hostNamespace(), func() error { return unix.Unmount(target, unix.MNT_DETACH) }) })
+	}
+	bind(volume, volume)
+	ids := []specs.LinuxIDMapping{{HostID: 65536, Size: 65536}}
+	add := func(id string, mounts ...guestspec.Mount) []string {
+		t.Helper()
+		if err := tree.Add(id, Rootfs{Path: root}, mounts); err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for n := range mounts {
+			name, err := os.Readlink(filepath.Join(tree.path, id, "mounts", fmt.Sprint(n)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			names = append(names, strings.TrimPrefix(name, "../../.volumes/"))
+		}
+		return names
+	}
+	got := add("c1",
+		guestspec.Mount{Destination: "/a", Source: volume, Recursive: true},
+		guestspec.Mount{Destination: "/b", Source: filepath.Join(dir, "link"), Recursive: true}, // the same
+		guestspec.Mount{Source: volume, Recursive: true, ReadOnly: true},
+		guestspec.Mount{Source: volume, Recursive: true, RecursivePrivate: true},
+		guestspec.Mount{Source: volume},
+		guestspec.Mount{Source: volume, Recursive: true, UIDs: ids, GIDs: ids},
+		guestspec.Mount{Source: filepath.Join(volume, "dir"), Recursive: true},
+		guestspec.Mount{Source: filepath.Join(volume, "file"), File: true},
+	)
+	if want := []string{"0", "0", "1", "2", "3", "4", "5", "6"}; !slices.Equal(got, want) {
+		t.Errorf("volumes %q, want %q", got, want)
+	}
+	mounts := mountsBelow(t, tree.path)
+	got = add("c2",
+		guestspec.Mount{Source: volume, Recursive: true},
+		guestspec.Mount{Source: filepath.Join(volume, "file"), File: true},
+		guestspec.Mount{Source: filepath.Join(dir, "other"), Recursive: true},
+	)
+	if want := []string{"0", "6", "7"}; !slices.Equal(got, want) {
+		t.Errorf("volumes of the second container %q, want %q", got, want)
+	}
+	if now := mountsBelow(t, tree.path); now != mounts+2 { // other, and the root file system
+		t.Errorf("%d mounts more", now-mounts)
+	}
+	// With other flags, or with more below, it is not what the first one has.
+	remount(unix.MS_RDONLY)
+	if got := add("c3", guestspec.Mount{Source: volume, Recursive: true}); got[0] != "8" {
+		t.Errorf("of a mount that has become read-only: volume %s", got[0])
+	}
+	remount(0)
+	bind(filepath.Join(dir, "other"), filepath.Join(volume, "dir"))
+	got = add("c4", guestspec.Mount{Source: volume, Recursive: true}, guestspec.Mount{Source: volume})
+	if want := []string{"9", "3"}; !slices.Equal(got, want) {
+		t.Errorf("with a mount below: volumes %q, want %q", got, want)
+	}
+	read(t, tree, "c4/mounts/0/dir/file", "other/file")
+
+	if err := tree.Remove("c1"); err != nil {
+		t.Fatal(err)
+	}
+	read(t, tree, "c2/mounts/0/file", "volume/file")
+	read(t, tree, "c2/mounts/1", "volume/file")
+	if _, err := os.Stat(filepath.Join(tree.path, ".volumes/1")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a volume that nobody has is left: %v", err)
+	}
+	if err := tree.Add("c5", Rootfs{Path: root}, []guestspec.Mount{{Source: volume}, {Source: "/nonexistent"}}); err == nil {
+		t.Error("a container was added whose second mount has no source")
+	}
+	for _, id := range []string{"c2", "c3", "c4"} {
+		if err := tree.Remove(id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantEmpty(t, tree)
 }
 
 // What the host mounts below a volume later appears in it, unless it is private;
@@ -341,9 +453,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 		if n := mountsBelow(t, tree.path); n != 0 {
 			t.Errorf("%s: %d mounts left", name, n)
 		}
-		if entries, err := os.ReadDir(tree.path); err != nil || len(entries) != 0 {
-			t.Errorf("%s: left %v, %v", name, entries, err)
-		}
+		wantEmpty(t, tree)
 	}
 }
 

@@ -6,6 +6,10 @@
 //	<container id>/rootfs
 //	<container id>/layers/<n>
 //	<container id>/mounts/<n>
+//	.volumes/<k>
+//
+// What is bound is a volume, to which the containers' mounts lead as symbolic
+// links: those that bind the same have the same one.
 //
 // The directories of the tree itself are read-only for the guest.
 //
@@ -52,16 +56,19 @@ type Tree struct {
 	// read-only and not reachable by any path.
 	writable   *os.File
 	containers map[string]*content
+	volumes    map[string]*volume // by key
+	nextVolume int
 }
 
 // content is what there is of a container, relative to the tree's path and in
 // the order it was made.
 type content struct {
-	points []point
-	mounts []string
+	points  []point
+	mounts  []string
+	volumes []*volume
 }
 
-// point is a directory, or a file to mount a file on.
+// point is a directory, or a file to mount a file on, or a link.
 type point struct {
 	name string
 	file bool
@@ -116,6 +123,10 @@ func New(path string, host *os.File) (_ *Tree, err error) {
 		return nil, fmt.Errorf("clone shared directory: %w", err)
 	}
 	writable := os.NewFile(uintptr(fd), path)
+	if err := unix.Mkdirat(fd, volumesName, 0o755); err != nil {
+		writable.Close()
+		return nil, fmt.Errorf("shared directory: %w", err)
+	}
 	err = unix.MountSetattr(unix.AT_FDCWD, path, 0, &unix.MountAttr{
 		Attr_set:    unix.MOUNT_ATTR_RDONLY,
 		Propagation: unix.MS_SHARED, // with the VMM's copy
@@ -124,7 +135,10 @@ func New(path string, host *os.File) (_ *Tree, err error) {
 		writable.Close()
 		return nil, fmt.Errorf("make shared directory read-only and shared: %w", err)
 	}
-	return &Tree{base: base, path: path, host: host, writable: writable, containers: map[string]*content{}}, nil
+	return &Tree{
+		base: base, path: path, host: host, writable: writable,
+		containers: map[string]*content{}, volumes: map[string]*volume{},
+	}, nil
 }
 
 // stage is where file systems are mounted before they appear in the tree.
@@ -156,15 +170,26 @@ func (t *Tree) Add(id string, rootfs Rootfs, mounts []guestspec.Mount) (err erro
 		}
 	}()
 	for _, dir := range []string{id, filepath.Join(id, guestspec.RootfsName), filepath.Join(id, guestspec.MountsName)} {
-		if err := t.makePoint(c, point{name: dir}); err != nil {
+		if err := t.makePointOf(c, point{name: dir}); err != nil {
 			return err
 		}
 	}
 	if err := t.addRootfs(c, id, rootfs); err != nil {
 		return fmt.Errorf("root file system: %w", err)
 	}
+	sources, err := t.openSources(mounts)
+	defer closeSources(sources)
+	if err != nil {
+		return err
+	}
 	for n, m := range mounts {
-		if err := t.addMount(c, filepath.Join(id, guestspec.MountsName, strconv.Itoa(n)), m); err != nil {
+		at := filepath.Join(id, guestspec.MountsName, strconv.Itoa(n))
+		if m.Type == "" {
+			err = t.addVolume(c, at, sources[n], m)
+		} else if err = t.makePointOf(c, point{name: at}); err == nil {
+			err = t.mountAll(c, at, []mount.Mount{{Type: m.Type, Source: m.Source, Options: m.Options}})
+		}
+		if err != nil {
 			return fmt.Errorf("mount %s on %s: %w", m.Source, m.Destination, err)
 		}
 	}
@@ -191,13 +216,17 @@ func (t *Tree) addRootfs(c *content, id string, rootfs Rootfs) error {
 	if !info.IsDir() {
 		return fmt.Errorf("%s is not a directory", rootfs.Path)
 	}
-	return t.bind(c, target, guestspec.Mount{Source: rootfs.Path, Recursive: true})
+	if err := t.bind(target, guestspec.Mount{Source: rootfs.Path, Recursive: true}); err != nil {
+		return err
+	}
+	c.mounts = append(c.mounts, target)
+	return nil
 }
 
 // addLayers mounts a root file system whose last mount is made of those before
 // it, which therefore have places of their own.
 func (t *Tree) addLayers(c *content, id, target string, mounts []mount.Mount) error {
-	if err := t.makePoint(c, point{name: filepath.Join(id, layersName)}); err != nil {
+	if err := t.makePointOf(c, point{name: filepath.Join(id, layersName)}); err != nil {
 		return err
 	}
 	var points []string
@@ -214,7 +243,7 @@ func (t *Tree) addLayers(c *content, id, target string, mounts []mount.Mount) er
 		at := target
 		if i < len(mounts)-1 {
 			at = filepath.Join(id, layersName, strconv.Itoa(i))
-			if err := t.makePoint(c, point{name: at}); err != nil {
+			if err := t.makePointOf(c, point{name: at}); err != nil {
 				return err
 			}
 		}
@@ -265,17 +294,16 @@ func (t *Tree) mountAll(c *content, target string, mounts []mount.Mount) (err er
 	return nil
 }
 
-func (t *Tree) addMount(c *content, target string, m guestspec.Mount) error {
-	if err := t.makePoint(c, point{name: target, file: m.File}); err != nil {
-		return err
+// makePointOf makes a point that goes with the container.
+func (t *Tree) makePointOf(c *content, p point) error {
+	err := t.makePoint(p)
+	if err == nil {
+		c.points = append(c.points, p)
 	}
-	if m.Type == "" {
-		return t.bind(c, target, m)
-	}
-	return t.mountAll(c, target, []mount.Mount{{Type: m.Type, Source: m.Source, Options: m.Options}})
+	return err
 }
 
-func (t *Tree) makePoint(c *content, p point) error {
+func (t *Tree) makePoint(p point) error {
 	root := int(t.writable.Fd())
 	if p.file {
 		fd, err := unix.Openat(root, p.name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
@@ -286,7 +314,19 @@ func (t *Tree) makePoint(c *content, p point) error {
 	} else if err := unix.Mkdirat(root, p.name, 0o755); err != nil {
 		return fmt.Errorf("make %s: %w", p.name, err)
 	}
-	c.points = append(c.points, p)
+	return nil
+}
+
+// removePoint removes one that may have gone. Nothing is mounted on it any more:
+// should a directory not be empty, what is in it is not ours.
+func (t *Tree) removePoint(p point) error {
+	flags := unix.AT_REMOVEDIR
+	if p.file {
+		flags = 0
+	}
+	if err := unix.Unlinkat(int(t.writable.Fd()), p.name, flags); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("remove %s: %w", p.name, err)
+	}
 	return nil
 }
 
@@ -294,7 +334,7 @@ func (t *Tree) makePoint(c *content, p point) error {
 // target. What is mounted below it on the host later appears as well, where
 // the host's mounts are shared and m does not want it private: from the host's
 // mount, whose slave this one is, to this one, and on to the VMM's copy of the tree.
-func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
+func (t *Tree) bind(target string, m guestspec.Mount) error {
 	var recursive uint
 	if m.Recursive {
 		recursive = unix.AT_RECURSIVE
@@ -347,7 +387,6 @@ func (t *Tree) bind(c *content, target string, m guestspec.Mount) error {
 	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, filepath.Join(t.path, target), unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("move_mount: %w", err)
 	}
-	c.mounts = append(c.mounts, target)
 	return nil
 }
 
@@ -412,17 +451,19 @@ func (t *Tree) remove(id string) error {
 		}
 		c.mounts = c.mounts[:last]
 	}
-	// The mount points are empty now. Should one not be, it is not ours.
 	for len(c.points) > 0 {
-		p := c.points[len(c.points)-1]
-		flags := unix.AT_REMOVEDIR
-		if p.file {
-			flags = 0
+		last := len(c.points) - 1
+		if err := t.removePoint(c.points[last]); err != nil {
+			return err
 		}
-		if err := unix.Unlinkat(int(t.writable.Fd()), p.name, flags); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("remove %s: %w", p.name, err)
+		c.points = c.points[:last]
+	}
+	for len(c.volumes) > 0 {
+		last := len(c.volumes) - 1
+		if err := t.removeVolume(c.volumes[last]); err != nil {
+			return err
 		}
-		c.points = c.points[:len(c.points)-1]
+		c.volumes = c.volumes[:last]
 	}
 	delete(t.containers, id)
 	return nil

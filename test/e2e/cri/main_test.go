@@ -12,8 +12,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == "watch" {
-		os.Exit(watch(os.Args[2]))
+	if len(os.Args) == 3 {
+		for name, run := range map[string]func(path string) int{"watch": watch, "listen": listen, "dial": dial} {
+			if os.Args[1] == name {
+				os.Exit(run(os.Args[2]))
+			}
+		}
 	}
 	node.MainPods(m)
 }
