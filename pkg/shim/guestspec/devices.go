@@ -3,6 +3,7 @@ package guestspec
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -60,6 +61,12 @@ func devices(r *Result, in Input) error {
 		}
 	}
 	r.AllDevices = all && len(kept) < len(linux.Devices)
+	for _, d := range r.bound {
+		// A mount would be on top of a device of that name.
+		kept = slices.DeleteFunc(kept, func(other specs.LinuxDevice) bool { return filepath.Clean(other.Path) == d.Path })
+		kept = append(kept, d)
+		r.addDisk(d)
+	}
 	linux.Devices = kept
 	if linux.Resources != nil {
 		r.dropRules(linux.Resources)

@@ -68,6 +68,8 @@ type Result struct {
 	Shm Shm
 	// Remarks are about what was left out, for the log.
 	Remarks []string
+
+	bound []specs.LinuxDevice // block devices that were to be bind mounts
 }
 
 // Rewrite changes spec. Errors are about what the specification asks for and

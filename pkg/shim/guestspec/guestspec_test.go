@@ -268,8 +268,7 @@ func TestDeviceAsMount(t *testing.T) {
 	}
 	for _, d := range []device{
 		{mode: os.ModeDevice | os.ModeCharDevice, rdev: unix.Mkdev(10, 232)},
-		{mode: os.ModeDevice, rdev: unix.Mkdev(8, 0)},
-		{mode: os.ModeDevice, rdev: unix.Mkdev(1, 3)},
+		{mode: os.ModeDevice | os.ModeCharDevice, rdev: unix.Mkdev(8, 0)},
 	} {
 		if own, err := guestsOwn(m, "/dev/x", d, unix.Statfs_t{}, ""); !errdefs.IsNotImplemented(err) {
 			t.Errorf("%+v: %q, %v", d, own, err)

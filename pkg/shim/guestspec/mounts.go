@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -57,8 +58,12 @@ func mounts(r *Result, in Input) error {
 			return err
 		}
 	}
+	r.Spec.Mounts = slices.DeleteFunc(r.Spec.Mounts, func(m specs.Mount) bool { return m.Type == asDevice })
 	return nil
 }
+
+// asDevice is the type of a mount that has become a device of the container.
+const asDevice = "microvm-device"
 
 func (r *Result) mount(m *specs.Mount, in Input) error {
 	if isBind(m) {
@@ -118,6 +123,10 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 		return invalid("mount %s: source %s: %w", m.Destination, source, err)
 	}
 
+	if mode := info.Mode(); mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0 {
+		r.bindDisk(m, info)
+		return nil
+	}
 	if in.First && m.Destination == shmPath {
 		r.Shm = shmAt(target)
 		in.Shm = r.Shm.Path
@@ -181,6 +190,20 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 	}
 	r.share(m, in, mount)
 	return nil
+}
+
+// bindDisk gives the container a node of a block device where it wants the
+// host's bound. Whether it may open that is up to its device rules, as on a host,
+// where a mount that is read-only does not keep anybody from writing to a device
+// either.
+func (r *Result) bindDisk(m *specs.Mount, info os.FileInfo) {
+	number, mode := deviceNumber(info), info.Mode().Perm()
+	d := specs.LinuxDevice{Path: filepath.Clean(m.Destination), Type: "b", Major: number[0], Minor: number[1], FileMode: &mode}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		d.UID, d.GID = &stat.Uid, &stat.Gid
+	}
+	r.bound = append(r.bound, d)
+	m.Type = asDevice
 }
 
 // guestsOwn says which path of the guest takes the place of the host's, if one

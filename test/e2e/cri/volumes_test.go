@@ -109,6 +109,28 @@ func TestBlockVolume(t *testing.T) {
 	}
 }
 
+// A hostPath of the type BlockDevice: who is privileged can use it, and who is not sees it.
+func TestBlockDeviceAsHostPath(t *testing.T) {
+	n := pods.For(t)
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	device := node.LoopDevice(t, file)
+	p := n.Pod(t, pods.PrivilegedPod)
+	privileged := p.Run(t, pods.Mount(device, "/srv/disk"), func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
+	if got := privileged.Get(t, "[ -b /srv/disk ] && blockdev --getsize64 /srv/disk; echo first | dd of=/srv/disk bs=512 conv=sync,fsync 2>/dev/null"); got != "1048576" {
+		t.Errorf("size %s", got)
+	}
+	if b, err := os.ReadFile(device); err != nil || !strings.HasPrefix(string(b), "first\n") {
+		t.Errorf("on the host: %.10q, %v", b, err)
+	}
+	ordinary := p.Run(t, pods.Mount(device, "/srv/disk"))
+	if r := ordinary.Shell(t, "[ -b /srv/disk ] && cat /srv/disk"); r.Code == 0 || !strings.Contains(r.Stderr, "Operation not permitted") {
+		t.Errorf("a container without a rule for it: %s", r)
+	}
+}
+
 // Two containers write to the same volume, one of them to a directory of it.
 func TestSharedVolume(t *testing.T) {
 	n := pods.For(t)
