@@ -188,22 +188,24 @@ make_pods() {
 	mv "$layers" "$IMAGES/layers"
 }
 
-# agnhost is the program that most of Kubernetes' own tests run in their pods; its hooks call curl.
+# agnhost is the program that most of Kubernetes' own tests run in their pods; some call curl and bash in there.
 make_conformance() {
 	packages curl
 	"$REPO/hack/tools/build.sh" kubernetes-e2e
-	local root=$SCRATCH/agnhost library
-	mkdir -p "$root"/{lib64,lib/x86_64-linux-gnu,usr/bin,etc,uploads,home/user-defined-in-image}
+	local root=$SCRATCH/agnhost library program
+	mkdir -p "$root"/{bin,lib64,lib/x86_64-linux-gnu,usr/bin,etc,uploads,home/user-defined-in-image}
 	cp "$MICROVM_CACHE/tools/bin/agnhost" "$root/"
 	ln -s agnhost "$root/agnhost-2"
-	cp "$(command -v curl)" "$root/usr/bin/"
-	ldd "$root/usr/bin/curl" | grep -oE '/[^ ]+' | while read -r library; do
-		case $library in
-		/lib64/*) cp -L "$library" "$root/lib64/" ;;
-		*) cp -L "$library" "$root/lib/x86_64-linux-gnu/" ;;
-		esac
+	for program in /usr/bin/curl /bin/bash; do
+		cp "$program" "$root$program"
+		ldd "$program" | grep -oE '/[^ ]+' | while read -r library; do
+			case $library in
+			/lib64/*) cp -L "$library" "$root/lib64/" ;;
+			*) cp -L "$library" "$root/lib/x86_64-linux-gnu/" ;;
+			esac
+		done
+		chroot "$root" "$program" --version >/dev/null || die "$program does not start from the libraries collected for it"
 	done
-	chroot "$root" /usr/bin/curl --version >/dev/null || die "curl does not start from the libraries collected for it"
 	tar -xOf "$IMAGES/layers/busybox.tar" ./etc/passwd >"$root/etc/passwd"
 	echo 'user-defined-in-image:x:1000:1000:,,,:/home/user-defined-in-image:/bin/sh' >>"$root/etc/passwd"
 	tar -xOf "$IMAGES/layers/busybox.tar" ./etc/group >"$root/etc/group"

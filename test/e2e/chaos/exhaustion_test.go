@@ -5,9 +5,7 @@ package chaos
 import (
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -83,25 +81,8 @@ func TestNoMemory(t *testing.T) {
 	var seen []string
 	defer func() { promise(t, seen...) }()
 	other := newBystander(t, n)
-	const (
-		cgroups = "/sys/fs/cgroup"
-		parent  = "/chaos-memory"
-		dir     = cgroups + parent
-	)
-	if err := os.WriteFile(cgroups+"/cgroup.subtree_control", []byte("+memory"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.Remove(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := os.WriteFile(dir+"/memory.max", []byte(strconv.Itoa(256<<20)), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	const parent = "/chaos-memory"
+	node.MemoryCgroup(t, parent, 256<<20)
 	from := n.LogSize()
 	p := n.Pod(t, func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
 	c := p.Run(t, pods.Shell(`awk 'BEGIN { s = "x"; while (length(s) < 268435456) s = s s }'; sleep 1000`))
