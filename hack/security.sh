@@ -28,7 +28,7 @@ host_promises() {
 		cmd/microvm-vmm TestJail/unjailed
 		= A VMM that its guest has taken over fills nothing of the shim's, and cannot hang it
 		cmd/microvm-vmm TestSocketsStayNonBlocking
-		pkg/vmm/control TestHostileVMM FuzzVMM FuzzReceive TestHowAVMMEnds
+		pkg/vmm/control TestHostileVMM TestVMMThatDoesNotRead TestPatience FuzzVMM FuzzReceive TestHowAVMMEnds
 		= A guest reaches no host memory but its own
 		pkg/vmm/memory TestSlice FuzzSlice TestBlocks FuzzBlocks
 		pkg/vmm/virtio TestNextRefuses TestQueueMatchesModel TestRewrittenWhileRead FuzzQueue

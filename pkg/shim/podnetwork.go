@@ -107,9 +107,7 @@ func (s *sandbox) watchNetwork() error {
 		if stopping || s.alive() != nil {
 			return
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), networkTime)
-		defer cancel()
-		if err := s.syncNetwork(ctx); err != nil {
+		if err := s.syncNetwork(context.Background()); err != nil {
 			log.L.WithError(err).Error("a change of the pod's network does not get into the guest")
 		}
 	})
@@ -117,6 +115,8 @@ func (s *sandbox) watchNetwork() error {
 
 // syncNetwork brings the guest's network up to date.
 func (s *sandbox) syncNetwork(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, networkTime)
+	defer cancel()
 	s.net.mu.Lock()
 	defer s.net.mu.Unlock()
 	devices, err := s.net.pod.Connect(s.net.queuePairs)

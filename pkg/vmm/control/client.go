@@ -48,7 +48,8 @@ type Options struct {
 const acceptBacklog = 16
 
 // VMM is a running microvm-vmm process. All methods may be called
-// concurrently.
+// concurrently. Those with a context return when it ends, whatever the VMM does,
+// which may hold a hostile guest or be stopped.
 type VMM struct {
 	conn    *conn
 	process *os.Process
@@ -309,7 +310,7 @@ func (v *VMM) call(ctx context.Context, method string, body any, files ...*os.Fi
 	v.pending[id] = ch
 	v.mu.Unlock()
 
-	if err := v.conn.send(message{ID: id, Method: method}, body, files...); err != nil {
+	if err := v.conn.send(ctx, message{ID: id, Method: method}, body, files...); err != nil {
 		if errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) {
 			return reply{}, v.gone(ctx)
 		}

@@ -25,6 +25,7 @@ var vmms = map[string]func(*Server){
 	"powers-off":     func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); s.Exited(Exit{Reason: ReasonPowerOff}) },
 	"hangs-up":       func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); s.conn.unix.Close(); time.Sleep(time.Hour) },
 	"talks-nonsense": vmmNonsense,
+	"never-reads":    func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); time.Sleep(time.Hour) },
 }
 
 const vmmEnv = "MICROVM_CONTROL_TEST_VMM"
@@ -140,9 +141,9 @@ func vmmNonsense(s *Server) {
 		}
 		s.Accepted(1024, b) // nobody accepts
 		s.Accepted(9, b)    // nobody listens
-		s.conn.send(message{Method: "accepted", Body: json.RawMessage(`"x"`)}, nil, b)
-		s.conn.send(message{ID: 1 << 40}, nil, a, b)
-		s.conn.send(message{Method: "surprise"}, map[string]int{"a": 1}, a)
+		s.conn.send(context.Background(), message{Method: "accepted", Body: json.RawMessage(`"x"`)}, nil, b)
+		s.conn.send(context.Background(), message{ID: 1 << 40}, nil, a, b)
+		s.conn.send(context.Background(), message{Method: "surprise"}, map[string]int{"a": 1}, a)
 		a.Close()
 		b.Close()
 	}

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -187,7 +189,7 @@ func TestHostileVMM(t *testing.T) {
 			{ID: uint64(1000 - round), Error: long}, // of no request, in any order
 			{ID: uint64(round%9 + 1), Error: long},  // of a request, and again
 		} {
-			if err := theirs.send(m, nil, a, b); err != nil {
+			if err := theirs.send(ctx, m, nil, a, b); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -199,7 +201,7 @@ func TestHostileVMM(t *testing.T) {
 	}
 	a.Close()
 	b.Close()
-	theirs.send(message{ID: 1 << 40}, nil)
+	theirs.send(ctx, message{ID: 1 << 40}, nil)
 	if n := len(v.accept[1024]); n > acceptBacklog {
 		t.Errorf("%d connections wait", n)
 	}
@@ -219,5 +221,106 @@ func TestHostileVMM(t *testing.T) {
 	v.conn.unix.Close()
 	if n := descriptors(t); n > before {
 		t.Errorf("%d descriptors, there were %d", n, before)
+	}
+}
+
+// TestVMMThatDoesNotRead asks a VMM for more than fits into its socket. Whoever
+// asks gets an error when he wants to wait no longer, and the VMM can be killed.
+func TestVMMThatDoesNotRead(t *testing.T) {
+	v, err := launch(t, "never-reads")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		_, err := v.Stats(ctx)
+		return err
+	}
+	for range 500 { // 278 fill it
+		if err := ask(); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("Stats: %v", err)
+		}
+	}
+	var calls sync.WaitGroup
+	for range 500 {
+		calls.Go(func() {
+			if err := ask(); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("Stats beside others: %v", err)
+			}
+		})
+	}
+	calls.Wait()
+
+	// Those who would wait for long go when they are told to, and hold up nobody.
+	ctx, cancel := context.WithCancel(t.Context())
+	waiting := callAll(ctx, v, tempFile(t, ""))
+	if err := ask(); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Stats behind others: %v", err)
+	}
+	cancel()
+	waiting.Wait()
+	v.mu.Lock()
+	if n := len(v.pending); n != 0 {
+		t.Errorf("%d requests are kept", n)
+	}
+	v.mu.Unlock()
+
+	// The end of the VMM is the end of those who still wait.
+	waiting = callAll(t.Context(), v, tempFile(t, ""))
+	if err := v.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	waiting.Wait()
+	if e := v.Exit(); e.Reason != ReasonKilled {
+		t.Errorf("Exit: %v", e)
+	}
+}
+
+// TestPatience: nobody waits for the other end's reading without a bound, who has
+// none of his own least of all.
+func TestPatience(t *testing.T) {
+	v, theirs, read := hostileVMM(t)
+	v.conn.patience, theirs.patience = time.Millisecond, time.Millisecond
+	// The shim does not wait for the VMM,
+	for {
+		err := v.conn.send(t.Context(), message{Method: methodStats}, nil)
+		if errors.Is(err, errUnread) && errors.Is(err, context.DeadlineExceeded) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := v.Stats(t.Context()); !errors.Is(err, errUnread) {
+		t.Errorf("Stats: %v", err)
+	}
+	theirs.unix.Close()
+	read.Wait()
+	v.conn.unix.Close()
+
+	// and the VMM, here an end of which nobody reads the other, not for the shim.
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[0])
+	s, err := NewServer(os.NewFile(uintptr(fds[1]), "control"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.conn.unix.Close()
+	s.conn.patience = time.Millisecond
+	for s.Phase("again") == nil {
+	}
+	file := tempFile(t, "")
+	for name, err := range map[string]error{
+		"Phase":    s.Phase("again"),
+		"Accepted": s.Accepted(1024, file),
+		"reply":    s.reply(1, nil, nil, file),
+		"Exited":   s.Exited(Exit{Reason: ReasonPanic}),
+	} {
+		if !errors.Is(err, errUnread) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

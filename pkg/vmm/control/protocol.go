@@ -8,14 +8,15 @@
 package control
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
-	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -69,7 +70,12 @@ const (
 	maxMessage = 64 << 10
 	// maxFiles is the kernel's SCM_MAX_FD.
 	maxFiles = 253
+	// readPatience is how long the other end may take to make room for a message.
+	readPatience = 30 * time.Second
 )
+
+// errUnread is about an end that does not read: one that is stopped, or hostile.
+var errUnread = fmt.Errorf("the other end of the control socket does not read: %w", context.DeadlineExceeded)
 
 // Config describes the machine that a boot request asks for.
 type Config struct {
@@ -232,8 +238,9 @@ type addressBody struct {
 // conn sends and receives messages with descriptors. send may be called
 // concurrently, receive by one goroutine.
 type conn struct {
-	unix *net.UnixConn
-	mu   sync.Mutex // serialises writes
+	unix     *net.UnixConn
+	writing  chan struct{} // has room for whoever writes; for the deadline is the socket's
+	patience time.Duration
 }
 
 // newConn takes over fd, one end of a SOCK_SEQPACKET pair.
@@ -248,11 +255,12 @@ func newConn(file *os.File) (*conn, error) {
 		c.Close()
 		return nil, errors.New("control socket is not a unix socket")
 	}
-	return &conn{unix: u}, nil
+	return &conn{unix: u, writing: make(chan struct{}, 1), patience: readPatience}, nil
 }
 
-// send writes one packet. The files stay the caller's.
-func (c *conn) send(m message, body any, files ...*os.File) error {
+// send writes one packet. The files stay the caller's. It waits for room, and for
+// other writers, until ctx ends, and no longer than c.patience.
+func (c *conn) send(ctx context.Context, m message, body any, files ...*os.File) error {
 	if body != nil {
 		b, err := json.Marshal(body)
 		if err != nil {
@@ -282,12 +290,37 @@ func (c *conn) send(m message, body any, files ...*os.File) error {
 		}
 		oob = unix.UnixRights(fds...)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, _, err := c.unix.WriteMsgUnix(packet, oob, nil); err != nil {
+	if err := c.write(ctx, packet, oob); err != nil {
 		return fmt.Errorf("control message %s: %w", m.Method, err)
 	}
 	return nil
+}
+
+func (c *conn) write(ctx context.Context, packet, oob []byte) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.patience, errUnread)
+	defer cancel()
+	select {
+	case c.writing <- struct{}{}:
+		defer func() { <-c.writing }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if err := c.unix.SetWriteDeadline(time.Time{}); err != nil {
+		return err
+	}
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		c.unix.SetWriteDeadline(time.Unix(1, 0)) // has passed
+	})
+	_, _, err := c.unix.WriteMsgUnix(packet, oob, nil)
+	if !stop() {
+		<-ended // else it would be the next writer's deadline
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = context.Cause(ctx)
+	}
+	return err
 }
 
 // receive reads one packet; the caller owns the files. buf and oob are scratch

@@ -11,7 +11,8 @@ import (
 
 // Server is the VMM's end of the control socket. Its methods may be called
 // concurrently, but for Boot and Serve, which read from it: first Boot, then
-// Serve.
+// Serve. What it sends, a shim that has stopped may leave unread for some time;
+// then that is an error, and lost.
 type Server struct {
 	conn *conn
 }
@@ -198,24 +199,24 @@ func attach(h Handler, m message, files []*os.File) (address string, err error) 
 	return "", err
 }
 
-// reply's error means that the shim is gone, which Serve sees too.
+// reply's error means that the shim is gone, which Serve sees too, or does not read.
 func (s *Server) reply(id uint64, body any, err error, files ...*os.File) error {
 	m := message{ID: id}
 	if err != nil {
 		m.Error = err.Error()
 	}
-	return s.conn.send(m, body, files...)
+	return s.conn.send(context.Background(), m, body, files...)
 }
 
 // Phase tells the shim that a step of the start was reached.
 func (s *Server) Phase(name string) error {
-	return s.conn.send(message{Method: notePhase}, Phase{Name: name, Monotonic: monotonic()})
+	return s.conn.send(context.Background(), message{Method: notePhase}, Phase{Name: name, Monotonic: monotonic()})
 }
 
 // Accepted hands the shim a connection that the guest opened to a host port.
 // The file stays the caller's.
 func (s *Server) Accepted(port uint32, file *os.File) error {
-	return s.conn.send(message{Method: noteAccepted}, portBody{Port: port}, file)
+	return s.conn.send(context.Background(), message{Method: noteAccepted}, portBody{Port: port}, file)
 }
 
 // Exited tells the shim how the machine ended. It is the last message.
@@ -224,5 +225,5 @@ func (s *Server) Exited(e Exit) error {
 	if len(e.Detail) > longest {
 		e.Detail = e.Detail[:longest]
 	}
-	return s.conn.send(message{Method: noteExit}, e)
+	return s.conn.send(context.Background(), message{Method: noteExit}, e)
 }
