@@ -1,7 +1,8 @@
 // Command microvm-vmm is one virtual machine: the process that holds the guest.
 //
 // The shim starts it in a jail (package jail), with a control socket and the
-// shared directory as descriptors (package control) and no arguments. For
+// shared directory as descriptors (package control). Its arguments then say for
+// which pod it is, to people who look at `ps`; it reads none of them. For
 // debugging it can be run by hand, without a jail unless it is asked for:
 //
 //	microvm-vmm run --kernel vmlinux --image guest.erofs --append 'loglevel=7'
@@ -29,7 +30,7 @@ func main() {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	var err error
 	switch {
-	case len(os.Args) == 1:
+	case len(os.Args) == 1, os.Args[1] == control.NameArgument:
 		err = serve(log)
 	case os.Args[1] == "run":
 		err = runByHand(log, os.Args[2:])

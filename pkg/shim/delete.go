@@ -75,7 +75,7 @@ func (p *Program) delete(in bootstrap.Invocation, stdout, stderr io.Writer) erro
 
 // deleteSandbox returns what was recorded of the sandbox, if there was one.
 func (p *Program) deleteSandbox(ctx context.Context, in bootstrap.Invocation, bundle string) (state.Record, error) {
-	group, err := groupOf(bundle, in.ID)
+	group, _, err := sandboxOf(bundle, in.ID)
 	if err != nil {
 		group = in.ID // a bundle that start has refused
 	}

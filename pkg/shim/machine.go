@@ -41,6 +41,7 @@ type machine interface {
 
 // launchRequest is what a machine is made from.
 type launchRequest struct {
+	name   []string // as in control.Options
 	config *config.Config
 	size   size
 	limit  size // up to where it can grow
@@ -87,6 +88,7 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 	}
 	vmm, err := control.Launch(ctx, control.Options{
 		Binary:  r.config.VMM,
+		Name:    r.name,
 		KVM:     kvm,
 		Kernel:  kernel,
 		Image:   image,

@@ -6,8 +6,12 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/config"
 )
@@ -60,6 +64,24 @@ func TestLaunchClosesThePipes(t *testing.T) {
 	}
 	<-logs.console.done
 	<-logs.vmm.done
+}
+
+// People know a machine by its pod, or else by containerd's namespace.
+func TestMachineName(t *testing.T) {
+	for want, annotations := range map[string]map[string]string{
+		"default/web": {"io.kubernetes.cri.sandbox-namespace": "default", "io.kubernetes.cri.sandbox-name": "web"},
+		"ns":          {"io.kubernetes.cri.sandbox-namespace": "default"},
+	} {
+		f := newFixture(t)
+		bundle := f.bundle(func(s *specs.Spec) { s.Annotations = annotations }, "sleep")
+		if _, err := f.Create(t.Context(), &taskapi.CreateTaskRequest{ID: "c1", Bundle: bundle}); err != nil {
+			t.Fatal(err)
+		}
+		if name := f.requests[0].name; !slices.Equal(name, []string{want, "c1"}) {
+			t.Errorf("it is called %q, want %s", name, want)
+		}
+		f.delete("c1", "")
+	}
 }
 
 func TestLineLog(t *testing.T) {

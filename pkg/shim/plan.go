@@ -61,6 +61,7 @@ func (s *service) plan(r *taskapi.CreateTaskRequest, first bool) (*plan, error) 
 		annotations: spec.Annotations,
 		limits:      containerLimits(spec),
 		sandbox: sandboxConfig{
+			name:   machineName(podName(spec.Annotations), s.namespace, r.GetID()),
 			limits: limitsOf(spec), hostname: spec.Hostname, network: networkNamespace(spec), annotations: spec.Annotations, onOOM: s.oom,
 		},
 	}

@@ -127,9 +127,11 @@ func idMappings(list []*podconfig.IDMapping) []specs.LinuxIDMapping {
 func (p *pod) pid() uint32 { return uint32(p.sandbox.vm.Pid()) }
 
 // sandboxConfig is what the pod says about its machine.
-func (p *pod) sandboxConfig() sandboxConfig {
+func (p *pod) sandboxConfig(namespace string) sandboxConfig {
 	linux := p.config.GetLinux()
+	metadata := p.config.GetMetadata()
 	c := sandboxConfig{
+		name:        machineName(joinPodName(metadata.GetNamespace(), metadata.GetName()), namespace, p.id),
 		hostname:    p.config.GetHostname(),
 		network:     p.netns,
 		annotations: p.config.GetAnnotations(),

@@ -75,32 +75,55 @@ var groupAnnotations = []string{
 	"io.kubernetes.cri.sandbox-id",
 }
 
-// groupOf returns the name of the sandbox that a bundle's container belongs
+// sandboxOf returns the name of the sandbox that a bundle's container belongs
 // to: its own id if no annotation names one, or the bundle has no
-// specification.
-func groupOf(bundle, id string) (string, error) {
+// specification. With it comes the pod's name, as podName has it.
+func sandboxOf(bundle, id string) (group, pod string, err error) {
 	var spec struct {
 		Annotations map[string]string `json:"annotations"`
 	}
 	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return id, nil
+		return id, "", nil
 	case err != nil:
-		return "", fmt.Errorf("bundle: %w", err)
+		return "", "", fmt.Errorf("bundle: %w", err)
 	}
 	if err := json.Unmarshal(data, &spec); err != nil {
-		return "", fmt.Errorf("bundle: config.json: %w", err)
+		return "", "", fmt.Errorf("bundle: config.json: %w", err)
 	}
+	pod = podName(spec.Annotations)
 	for _, name := range groupAnnotations {
 		if group := spec.Annotations[name]; group != "" {
 			if err := identifiers.Validate(group); err != nil {
-				return "", fmt.Errorf("annotation %s: %w", name, err)
+				return "", "", fmt.Errorf("annotation %s: %w", name, err)
 			}
-			return group, nil
+			return group, pod, nil
 		}
 	}
-	return id, nil
+	return id, pod, nil
+}
+
+// podName is that of the pod whose annotations from the CRI plugin a container
+// has, with its namespace; empty if there is none.
+func podName(annotations map[string]string) string {
+	return joinPodName(annotations["io.kubernetes.cri.sandbox-namespace"], annotations["io.kubernetes.cri.sandbox-name"])
+}
+
+func joinPodName(namespace, name string) string {
+	if namespace == "" || name == "" {
+		return ""
+	}
+	return namespace + "/" + name
+}
+
+// machineName is what people know a sandbox by: the pod and its id, or without a
+// pod containerd's namespace and the id in there.
+func machineName(pod, namespace, id string) []string {
+	if pod == "" {
+		pod = namespace
+	}
+	return []string{pod, id}
 }
 
 // tuneMemory keeps a process small that is idle nearly always.

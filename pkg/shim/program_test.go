@@ -466,11 +466,11 @@ func TestTermination(t *testing.T) {
 	}
 }
 
-// The shim has a mount namespace of its own, its log goes to the fifo, and its
-// heap refuses huge pages.
+// The shim has a mount namespace of its own, its log goes to the fifo, its heap
+// refuses huge pages, and ps shows whose it is.
 func TestSurroundings(t *testing.T) {
 	n := newNode(t)
-	bundle := n.bundle("c1", nil)
+	bundle := n.bundle("c1", map[string]string{"io.kubernetes.cri.sandbox-namespace": "default", "io.kubernetes.cri.sandbox-name": "web"})
 	logPath := filepath.Join(bundle, "log")
 	if err := unix.Mkfifo(logPath, 0o700); err != nil {
 		t.Fatal(err)
@@ -488,6 +488,10 @@ func TestSurroundings(t *testing.T) {
 	if err1 != nil || err2 != nil || ours == theirs {
 		t.Errorf("mount namespaces %s and %s", ours, theirs)
 	}
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !strings.Contains(string(line), "\x00-id\x00c1\x00") || !strings.Contains(string(line), "\x00-pod\x00default/web\x00") {
+		t.Errorf("ps shows %q, %v", line, err)
+	}
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil || !strings.Contains(string(mounts), n.root+"/ns/c1/shared/tree/c1/rootfs") {
 		t.Errorf("the container's root is not mounted: %v", err)
@@ -498,7 +502,7 @@ func TestSurroundings(t *testing.T) {
 			t.Errorf("no part of the shim's memory refuses huge pages: %v", err)
 		}
 	}
-	line := make([]byte, 4096)
+	line = make([]byte, 4096)
 	k, err := logFile.Read(line)
 	if err != nil || !strings.Contains(string(line[:k]), "virtual machine is up") || !strings.Contains(string(line[:k]), "sandbox=c1") {
 		t.Errorf("log %q, %v", line[:k], err)

@@ -122,6 +122,7 @@ func newSandbox(h *host) (*sandbox, error) {
 // sandboxConfig is what the first container, or the client of the sandbox API,
 // says about the whole sandbox.
 type sandboxConfig struct {
+	name        []string // from machineName
 	limits      limits
 	cgroupsPath string
 	hostname    string
@@ -214,6 +215,7 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 	}
 	s.logs = logs
 	vm, err := s.host.launch(ctx, launchRequest{
+		name:    c.name,
 		config:  conf,
 		size:    size,
 		limit:   sizeLimit(conf, s.host.cpus, s.host.memory),

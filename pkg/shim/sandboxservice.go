@@ -130,7 +130,7 @@ func (s *service) startPod(ctx context.Context, p *pod) (*sandbox, error) {
 	if err != nil {
 		return nil, err
 	}
-	config := p.sandboxConfig()
+	config := p.sandboxConfig(s.namespace)
 	config.onOOM = s.oom
 	if err := machine.start(ctx, config); err != nil {
 		if stopErr := machine.stop(); stopErr != nil {

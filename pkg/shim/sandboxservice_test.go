@@ -112,6 +112,9 @@ func TestSandboxAPI(t *testing.T) {
 	if q := f.requests[0]; q.size.vcpus != 3 || q.size.memory < 1<<30 {
 		t.Errorf("size %+v", q.size)
 	}
+	if name := f.requests[0].name; !slices.Equal(name, []string{"n/web", "pod"}) {
+		t.Errorf("it is called %q", name)
+	}
 	if !slices.Equal(f.cgroups, []string{"/kubepods/pod1/pod"}) {
 		t.Errorf("cgroups %v", f.cgroups)
 	}

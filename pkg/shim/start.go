@@ -18,8 +18,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/printable"
 	"github.com/microvm-runtime/microvm/pkg/shim/bootstrap"
 	"github.com/microvm-runtime/microvm/pkg/shim/state"
+	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 )
 
 const (
@@ -55,7 +57,7 @@ func (p *Program) start(in bootstrap.Invocation, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	group, err := groupOf(bundle, in.ID)
+	group, pod, err := sandboxOf(bundle, in.ID)
 	if err != nil {
 		return err
 	}
@@ -74,7 +76,7 @@ func (p *Program) start(in bootstrap.Invocation, stdout io.Writer) error {
 		if err != nil {
 			return err
 		}
-		err = startOrFind(ctx, in, dir, socket, held)
+		err = startOrFind(ctx, in, pod, dir, socket, held)
 		held.Release()
 		if err == nil {
 			break
@@ -112,7 +114,7 @@ func socketPath(in bootstrap.Invocation, group string) (string, error) {
 var errEnded = errors.New("the sandbox has ended")
 
 // startOrFind makes sure that the socket is served.
-func startOrFind(ctx context.Context, in bootstrap.Invocation, dir state.Dir, socket string, held *state.Held) error {
+func startOrFind(ctx context.Context, in bootstrap.Invocation, pod string, dir state.Dir, socket string, held *state.Held) error {
 	lock, err := dir.Lock()
 	if errors.Is(err, state.ErrLocked) {
 		if conn, dialErr := net.DialTimeout("unix", socket, time.Second); dialErr == nil {
@@ -141,14 +143,14 @@ func startOrFind(ctx context.Context, in bootstrap.Invocation, dir state.Dir, so
 	if err := cleanUp(ctx, dir); err != nil {
 		return err
 	}
-	if err := spawn(in, dir, socket, lock); err != nil {
+	if err := spawn(in, pod, dir, socket, lock); err != nil {
 		return errors.Join(err, dir.Remove())
 	}
 	return nil
 }
 
 // spawn starts the serving process and waits until it serves.
-func spawn(in bootstrap.Invocation, dir state.Dir, socket string, lock *os.File) (err error) {
+func spawn(in bootstrap.Invocation, pod string, dir state.Dir, socket string, lock *os.File) (err error) {
 	listener, err := listen(socket)
 	if err != nil {
 		return err
@@ -180,6 +182,9 @@ func spawn(in bootstrap.Invocation, dir state.Dir, socket string, lock *os.File)
 	}
 	// The arguments tell people which shim it is.
 	cmd := exec.Command(self, "-namespace", in.Namespace, "-id", in.ID, "-address", in.Address)
+	if pod != "" {
+		cmd.Args = append(cmd.Args, "-pod", printable.Word(pod, control.MaxName))
+	}
 	if in.Debug {
 		cmd.Args = append(cmd.Args, "-debug")
 	}

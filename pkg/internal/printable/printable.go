@@ -29,3 +29,18 @@ func String(s string, max int) string {
 	}
 	return s
 }
+
+// Word makes one word of text, for an argument that is shown among others:
+// whatever is not a visible character of ASCII is replaced, and what is more than
+// max bytes is cut off.
+func Word(s string, max int) string {
+	if len(s) > max {
+		s = s[:max]
+	}
+	return strings.Map(func(r rune) rune {
+		if r <= ' ' || r >= 0x7f {
+			return '?'
+		}
+		return r
+	}, s)
+}

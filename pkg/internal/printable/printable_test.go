@@ -26,6 +26,26 @@ func TestString(t *testing.T) {
 	}
 }
 
+func TestWord(t *testing.T) {
+	for _, test := range []struct {
+		in   string
+		max  int
+		want string
+	}{
+		{"default/web-0.a_b:c", 100, "default/web-0.a_b:c"},
+		{"two words\n", 100, "two?words?"},
+		{"\x00\x1b[31m\x7f", 100, "??[31m?"},
+		{"grüße \xff", 100, "gr??e??"},
+		{"too long", 3, "too"},
+		{"gré", 3, "gr?"}, // cut in the middle of a character
+		{"", 3, ""},
+	} {
+		if got := Word(test.in, test.max); got != test.want {
+			t.Errorf("%q: %q, want %q", test.in, got, test.want)
+		}
+	}
+}
+
 func FuzzString(f *testing.F) {
 	f.Add("text \x1b[0m\xff", 5)
 	f.Fuzz(func(t *testing.T, s string, max int) {

@@ -105,8 +105,8 @@ func Parse(args []string, getenv func(string) string, stdin io.Reader) (Invocati
 	fs.StringVar(&in.Bundle, "bundle", "", "bundle to delete")
 	fs.StringVar(&in.Address, "address", "", "containerd's gRPC address")
 	// Callers pass these; events go to TTRPC_ADDRESS and the socket is ours
-	// to name.
-	for _, name := range []string{"publish-binary", "socket", "debug-socket"} {
+	// to name. The pod is told by start, for people to see.
+	for _, name := range []string{"publish-binary", "socket", "debug-socket", "pod"} {
 		fs.StringVar(&ignored, name, "", "ignored")
 	}
 	if err := fs.Parse(args); err != nil {

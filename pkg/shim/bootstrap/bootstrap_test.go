@@ -176,7 +176,7 @@ func TestOtherActions(t *testing.T) {
 		{[]string{"-namespace", "k8s.io", "-address", grpcAddress, "-publish-binary", "/c", "-id", "c1", "-bundle", "/b", "delete"},
 			Invocation{Action: ActionDelete, ID: "c1", Namespace: "k8s.io", Bundle: "/b", Address: grpcAddress,
 				TTRPCAddress: ttrpcAddress, SocketDir: DefaultSocketDir}},
-		{[]string{"-namespace", "k8s.io", "-id", "c1", "-address", grpcAddress},
+		{[]string{"-namespace", "k8s.io", "-id", "c1", "-address", grpcAddress, "-pod", "default/web"},
 			Invocation{Action: ActionServe, ID: "c1", Namespace: "k8s.io", Address: grpcAddress,
 				TTRPCAddress: ttrpcAddress, SocketDir: DefaultSocketDir}},
 	} {

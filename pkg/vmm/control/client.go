@@ -24,6 +24,9 @@ import (
 type Options struct {
 	// Binary is the path of microvm-vmm.
 	Binary string
+	// Name is what people are to know the machine by: it is on the VMM's command
+	// line, one argument each, without spaces and not longer than MaxName bytes.
+	Name   []string
 	KVM    *os.File
 	Kernel *os.File
 	Image  *os.File
@@ -41,6 +44,10 @@ type Options struct {
 	// ID is the user and group id of the VMM, which must not be another process's.
 	ID uint32
 }
+
+// MaxName bounds a part of Options.Name: a namespace and a pod of Kubernetes (63 and
+// 253 bytes) are one.
+const MaxName = 320
 
 // acceptBacklog is how many connections of the guest to one port wait for
 // Accept; further ones are refused, so that a guest cannot fill the shim's
@@ -133,7 +140,7 @@ func Launch(ctx context.Context, o Options) (*VMM, error) {
 // thread meanwhile: a jail takes a thread to start in, and PR_SET_PDEATHSIG fires
 // when the parent's thread ends, not only its process.
 func (v *VMM) start(o Options, socket *os.File) error {
-	cmd := exec.Command(o.Binary)
+	cmd := exec.Command(o.Binary, arguments(o.Name)...)
 	cmd.Env = environment(o.Config.VCPUs)
 	cmd.ExtraFiles = []*os.File{SocketFD - 3: socket, RootFD - 3: o.Root}
 	if o.Log != nil { // a nil *os.File would be a non-nil io.Writer
@@ -164,6 +171,17 @@ func (v *VMM) start(o Options, socket *os.File) error {
 		return fmt.Errorf("start %s: %w", o.Binary, err)
 	}
 	return nil
+}
+
+func arguments(name []string) []string {
+	if len(name) == 0 {
+		return nil
+	}
+	list := []string{NameArgument}
+	for _, part := range name {
+		list = append(list, printable.Word(part, MaxName))
+	}
+	return list
 }
 
 func (v *VMM) finish(waitErr error) {

@@ -156,7 +156,7 @@ func vmmNonsense(s *Server) {
 func vmmBinary(t *testing.T, name string) string {
 	t.Helper()
 	script := filepath.Join(t.TempDir(), "vmm")
-	text := fmt.Sprintf("#!/bin/sh\nexec /usr/bin/env %s=%s '%s'\n", vmmEnv, name, os.Args[0])
+	text := fmt.Sprintf("#!/bin/sh\nexec /usr/bin/env %s=%s '%s' \"$@\"\n", vmmEnv, name, os.Args[0])
 	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -183,6 +183,7 @@ func launch(t *testing.T, name string) (*VMM, error) {
 	t.Helper()
 	v, err := Launch(t.Context(), Options{
 		Binary:  vmmBinary(t, name),
+		Name:    []string{"default/web", "two words\x00" + strings.Repeat("x", MaxName)},
 		KVM:     tempFile(t, "kvm"),
 		Kernel:  tempFile(t, "vmlinux"),
 		Image:   tempFile(t, "image"),
@@ -202,6 +203,10 @@ func TestLifeOfAVMM(t *testing.T) {
 	v, err := launch(t, "serve")
 	if err != nil {
 		t.Fatal(err)
+	}
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", v.Pid()))
+	if want := "\x00sandbox\x00default/web\x00two?words?" + strings.Repeat("x", MaxName-10) + "\x00"; err != nil || !strings.HasSuffix(string(line), want) {
+		t.Errorf("ps shows %q, %v", line, err)
 	}
 	agent, err := v.Accept(t.Context(), 1024)
 	if err != nil {

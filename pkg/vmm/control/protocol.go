@@ -31,6 +31,10 @@ const (
 	RootFD = 4
 )
 
+// NameArgument is the VMM's first argument where it has any: those that follow are
+// for people who look at `ps`, see Options.Name.
+const NameArgument = "sandbox"
+
 // Methods of requests (shim to VMM), each answered by a reply with its id.
 const (
 	methodBoot   = "boot"

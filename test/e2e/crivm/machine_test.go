@@ -70,12 +70,16 @@ func TestPrivilegedInTheGuestOnly(t *testing.T) {
 	c.Get(t, "[ ! -e /dev/kvm ]")
 }
 
-// The pod's machine is in the pod's cgroup, as the host sees it.
+// The pod's machine is in the pod's cgroup, as the host sees it, and ps shows whose it is.
 func TestMachineIsInThePodsCgroup(t *testing.T) {
 	n := pods.For(t)
 	p, pid := only(t, n, vmm, func() *pods.Pod { return n.Pod(t) })
 	if got := hostFile(t, fmt.Sprintf("/proc/%d/cgroup", pid)); !strings.Contains(got, p.Config().Linux.CgroupParent+"/") {
 		t.Errorf("the VMM's cgroups: %s", got)
+	}
+	metadata := p.Config().Metadata
+	if got, want := n.Processes(vmm)[pid], fmt.Sprintf(" %s/%s %s", metadata.Namespace, metadata.Name, p.ID); !strings.HasSuffix(got, want) {
+		t.Errorf("ps shows %q, without %q", got, want)
 	}
 }
 
