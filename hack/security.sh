@@ -75,6 +75,8 @@ host_promises() {
 		pkg/shim/agentclient TestHostileReplies TestSilentAgent TestAnswersOutOfOrder TestMultipliedAnswer TestEndlessEvents TestBrokenFrames TestUnaskedFrames FuzzReplies FuzzAnswers FuzzStats
 		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced
 		pkg/internal/printable TestString FuzzString
+		= The shim has the capabilities of its list and no other ones, on every thread
+		pkg/shim TestSurroundings
 		= What starts a shim is checked
 		pkg/shim/bootstrap TestBadInvocation FuzzStdin
 		= What a guest sends goes out of its pod's links and nowhere else

@@ -466,8 +466,9 @@ func TestTermination(t *testing.T) {
 	}
 }
 
-// The shim has a mount namespace of its own, its log goes to the fifo, its heap
-// refuses huge pages, and ps shows whose it is.
+// The shim has a mount namespace of its own and no capability that is not in the
+// list, its log goes to the fifo, its heap refuses huge pages, and ps shows whose
+// it is.
 func TestSurroundings(t *testing.T) {
 	n := newNode(t)
 	bundle := n.bundle("c1", map[string]string{"io.kubernetes.cri.sandbox-namespace": "default", "io.kubernetes.cri.sandbox-name": "web"})
@@ -502,12 +503,39 @@ func TestSurroundings(t *testing.T) {
 			t.Errorf("no part of the shim's memory refuses huge pages: %v", err)
 		}
 	}
+	checkCapabilities(t, pid)
 	line = make([]byte, 4096)
 	k, err := logFile.Read(line)
 	if err != nil || !strings.Contains(string(line[:k]), "virtual machine is up") || !strings.Contains(string(line[:k]), "sandbox=c1") {
 		t.Errorf("log %q, %v", line[:k], err)
 	}
 	n.delete("c1", bundle)
+}
+
+// checkCapabilities looks at all threads of a shim, of which one stands for a
+// container.
+func checkCapabilities(t *testing.T, pid int) {
+	t.Helper()
+	var mask uint64
+	for _, c := range shimCapabilities {
+		mask |= 1 << c
+	}
+	all := fmt.Sprintf("%016x", mask)
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	if len(tasks) < 2 {
+		t.Errorf("threads %v", tasks)
+	}
+	for _, path := range tasks {
+		status, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		for name, want := range map[string]string{"CapInh": "0000000000000000", "CapPrm": all, "CapEff": all, "CapBnd": all, "CapAmb": "0000000000000000"} {
+			if !strings.Contains(string(status), name+":\t"+want+"\n") {
+				t.Errorf("%s: %s is not %s:\n%s", path, name, want, status)
+			}
+		}
+	}
 }
 
 func TestBadStart(t *testing.T) {

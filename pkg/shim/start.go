@@ -201,6 +201,9 @@ func spawn(in bootstrap.Invocation, pod string, dir state.Dir, socket string, lo
 		// or unmounts later would not be seen.
 		Cloneflags: unix.CLONE_NEWNS,
 	}
+	if err := limitCapabilities(); err != nil {
+		return fmt.Errorf("start the shim: %w", err)
+	}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the shim: %w", err)
 	}
