@@ -55,7 +55,7 @@ host_promises() {
 		pkg/vmm/virtio/vsock TestConnectionFlood TestHalfOpenFlood TestSlowReader TestRXStarved
 		pkg/vmm/virtio/console TestFloodWithStuckReader
 		pkg/vmm TestRateLimit TestBudget
-		pkg/shim TestLineLog FuzzLines
+		pkg/shim TestLineLog FuzzLines TestLogLimit TestLogWithoutReader
 		pkg/shim/stdio TestOutputWithoutReader
 		= The file server reaches nothing outside of the shared directory
 		pkg/vmm/virtio/fs/passthrough TestLinksLeadNowhere TestMagicLinks TestSwappedUnderfoot TestBadNames TestSeedsReachEverything FuzzRequests

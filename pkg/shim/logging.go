@@ -29,7 +29,7 @@ func setupLog(path string, debug bool) {
 		return
 	}
 	unix.Dup3(fd, int(os.Stderr.Fd()), 0)
-	log.L.Logger.SetOutput(&logWriter{fd: fd, rate: newLimiter(500, 50)})
+	log.L.Logger.SetOutput(newLogWriter(fd))
 }
 
 func setLogLevel(debug bool) {
@@ -48,6 +48,17 @@ type logWriter struct {
 	fd      int
 	rate    *limiter
 	dropped int
+}
+
+// Bounds of the shim's log, in lines: at once after a time of rest, and per second.
+const (
+	logBurst     = 500
+	logPerSecond = 50
+)
+
+// newLogWriter writes to a non-blocking descriptor.
+func newLogWriter(fd int) *logWriter {
+	return &logWriter{fd: fd, rate: newLimiter(logBurst, logPerSecond)}
 }
 
 // Write is called with one line at a time, by the logger under its lock.
