@@ -220,7 +220,9 @@ func (m *machine) stats() (control.Stats, error) {
 	if err != nil {
 		return control.Stats{}, err
 	}
-	s := control.Stats{Exits: map[string]uint64{}, KVM: map[string]uint64{}, NICs: m.traffic(), Size: m.size(len(vcpus))}
+	s := control.Stats{
+		Exits: map[string]uint64{}, KVM: map[string]uint64{}, NICs: m.traffic(), Size: m.size(len(vcpus)), Goroutines: runtime.NumGoroutine(),
+	}
 	for _, v := range vcpus {
 		for reason, n := range v.Exits {
 			s.Exits[reason] += n

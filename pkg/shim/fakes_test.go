@@ -192,6 +192,8 @@ func (m *fakeMachine) Stats(context.Context) (control.Stats, error) {
 	return control.Stats{
 		Exits: map[string]uint64{"mmio-write": 10 * m.looks, "still": 1},
 		KVM:   map[string]uint64{"blocking": 1, "\x1b[31m\nlevel=error": m.looks},
+
+		Goroutines: 17,
 	}, nil
 }
 

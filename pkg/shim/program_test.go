@@ -467,8 +467,8 @@ func TestTermination(t *testing.T) {
 }
 
 // The shim has a mount namespace of its own and no capability that is not in the
-// list, its log goes to the fifo, its heap refuses huge pages, and ps shows whose
-// it is.
+// list, its log goes to the fifo, with a report when it is asked for one, its heap
+// refuses huge pages, and ps shows whose it is.
 func TestSurroundings(t *testing.T) {
 	n := newNode(t)
 	bundle := n.bundle("c1", map[string]string{"io.kubernetes.cri.sandbox-namespace": "default", "io.kubernetes.cri.sandbox-name": "web"})
@@ -508,6 +508,11 @@ func TestSurroundings(t *testing.T) {
 	k, err := logFile.Read(line)
 	if err != nil || !strings.Contains(string(line[:k]), "virtual machine is up") || !strings.Contains(string(line[:k]), "sandbox=c1") {
 		t.Errorf("log %q, %v", line[:k], err)
+	}
+	syscall.Kill(pid, syscall.SIGUSR1)
+	k, err = logFile.Read(line)
+	if err != nil || !strings.Contains(string(line[:k]), " goroutines=") || !strings.Contains(string(line[:k]), " vmm_goroutines=17") {
+		t.Errorf("report %q, %v", line[:k], err)
 	}
 	n.delete("c1", bundle)
 }

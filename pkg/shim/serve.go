@@ -130,6 +130,13 @@ func (d *daemon) run() error {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
+	reports := make(chan os.Signal, 1)
+	signal.Notify(reports, unix.SIGUSR1)
+	go func() {
+		for range reports {
+			d.service.report()
+		}
+	}()
 
 	served := make(chan error, 1)
 	called := awaitCall(d.listener, firstCall, func() {

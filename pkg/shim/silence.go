@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -47,6 +48,29 @@ func (s *sandbox) silent() {
 			"console": s.logs.console.last(2),
 		}).Warnf("the guest does not answer; this is what its machine did in %v", silenceSpan)
 	}()
+}
+
+// report notes in the log how many goroutines this process and its VMM have, for
+// those who look for something that grows.
+func (s *service) report() {
+	var machine *sandbox
+	s.mu.Lock()
+	if s.pod != nil {
+		machine = s.pod.sandbox
+	}
+	for _, c := range s.containers {
+		machine = c.sandbox
+	}
+	s.mu.Unlock()
+	entry := log.L.WithField("goroutines", runtime.NumGoroutine())
+	if machine != nil {
+		if stats, err := machine.machineStats(); err != nil {
+			entry = entry.WithError(err)
+		} else {
+			entry = entry.WithField("vmm_goroutines", stats.Goroutines)
+		}
+	}
+	entry.Info("SIGUSR1: a report was asked for")
 }
 
 func (s *sandbox) machineStats() (control.Stats, error) {

@@ -183,6 +183,8 @@ type Stats struct {
 	NICs map[string]NICStats `json:"nics,omitempty"`
 	// Size is what the guest has now.
 	Size Size `json:"size"`
+	// Goroutines are the VMM's.
+	Goroutines int `json:"goroutines"`
 }
 
 // NICStats are the counters of a NIC, from the guest's side: what it received

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 	"github.com/microvm-runtime/microvm/test/e2e/internal/pods"
@@ -21,18 +24,20 @@ const (
 	// A Go program makes a thread whenever all it has are in system calls, and keeps it: this many may come late. One that a
 	// cycle leaves behind comes with each of them.
 	lateThreads = 5
+	// What serves a request may be under way, and the workers of a device come when there is something for them to do.
+	lateGoroutines = 5
 )
 
-// usage of a process at a time.
-type usage struct{ pssKiB, descriptors, threads int }
+// usage of a process at a time. Of containerd the goroutines are not known.
+type usage struct{ pssKiB, descriptors, threads, goroutines int }
 
-var usageNames = []string{"PSS (KiB)", "descriptors", "threads"}
+var usageNames = []string{"PSS (KiB)", "descriptors", "threads", "goroutines"}
 
-func (u usage) values() []int { return []int{u.pssKiB, u.descriptors, u.threads} }
+func (u usage) values() []int { return []int{u.pssKiB, u.descriptors, u.threads, u.goroutines} }
 
 // Pods come and go, with exec and logs: containerd, and the shim and the VMM of a pod that stays, end up with as many
-// descriptors and threads as they had. Memory is a figure. E2E_CYCLES says how many pods; a table and a plot of all
-// cycles go to the directory E2E_REPORT.
+// descriptors, threads and goroutines as they had. Memory is a figure. E2E_CYCLES says how many pods; a table and a plot
+// of all cycles go to the directory E2E_REPORT.
 func TestSoak(t *testing.T) {
 	n := nodeFor(t)
 	var seen []string
@@ -57,14 +62,26 @@ func TestSoak(t *testing.T) {
 		processes["VMM"] = one(t, "VMM", other.parts.vmms)
 		names = append(names, "VMM")
 	}
+	measure := func() map[string]usage {
+		now := map[string]usage{}
+		for _, name := range names {
+			now[name] = usageOf(t, processes[name])
+		}
+		if isVM(n) {
+			shim, machine := now["shim"], now["VMM"]
+			shim.goroutines, machine.goroutines = goroutines(t, n, processes["shim"])
+			now["shim"], now["VMM"] = shim, machine
+		}
+		return now
+	}
 	series := map[string][]usage{}
 	for i := range cycles {
 		cycle(t, n, i)
 		if t.Failed() {
 			break
 		}
-		for _, name := range names {
-			series[name] = append(series[name], usageOf(t, processes[name]))
+		for name, u := range measure() {
+			series[name] = append(series[name], u)
 		}
 	}
 	// What belongs to the last cycle may be on its way out.
@@ -76,16 +93,24 @@ func TestSoak(t *testing.T) {
 		base := s[warmUp-1]
 		for _, u := range s[:warmUp] {
 			base.descriptors, base.threads = max(base.descriptors, u.descriptors), max(base.threads, u.threads)
+			base.goroutines = max(base.goroutines, u.goroutines)
 		}
 		var last usage
-		if !node.Wait(func() bool { last = usageOf(t, processes[name]); return last.descriptors <= base.descriptors }) {
+		if !node.Wait(func() bool { last = measure()[name]; return last.descriptors <= base.descriptors }) {
 			t.Errorf("%s has %d descriptors, after the first cycles it had %d", name, last.descriptors, base.descriptors)
 		}
 		if last.threads > base.threads+lateThreads {
 			t.Errorf("%s has %d threads, after the first cycles it had %d", name, last.threads, base.threads)
 		}
-		seen = append(seen, fmt.Sprintf("%s: PSS %d to %d KiB, descriptors %d to %d, threads %d to %d",
-			name, s[warmUp-1].pssKiB, last.pssKiB, base.descriptors, last.descriptors, base.threads, last.threads))
+		if last.goroutines > base.goroutines+lateGoroutines {
+			t.Errorf("%s has %d goroutines, after the first cycles it had %d", name, last.goroutines, base.goroutines)
+		}
+		line := fmt.Sprintf("%s: PSS %d to %d KiB, descriptors %d to %d, threads %d to %d",
+			name, s[warmUp-1].pssKiB, last.pssKiB, base.descriptors, last.descriptors, base.threads, last.threads)
+		if base.goroutines > 0 {
+			line += fmt.Sprintf(", goroutines %d to %d", base.goroutines, last.goroutines)
+		}
+		seen = append(seen, line)
 	}
 	if err := writeTable(filepath.Join(report, "soak.csv"), names, series); err != nil {
 		t.Error(err)
@@ -140,8 +165,27 @@ func usageOf(t *testing.T, pid int) usage {
 	return u
 }
 
+var goroutinesLogged = regexp.MustCompile(` goroutines=([0-9]+) .*vmm_goroutines=([0-9]+)\s`)
+
+// goroutines are those of a shim and its VMM, which the shim writes to its log when it is asked.
+func goroutines(t *testing.T, n *pods.Node, shim int) (ofShim, ofVMM int) {
+	t.Helper()
+	from := n.LogSize()
+	if err := unix.Kill(shim, unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	node.Until(t, "the shim has reported", func() bool {
+		found = goroutinesLogged.FindStringSubmatch(n.Log(from))
+		return found != nil
+	})
+	ofShim, _ = strconv.Atoi(found[1])
+	ofVMM, _ = strconv.Atoi(found[2])
+	return ofShim, ofVMM
+}
+
 func writeTable(path string, names []string, series map[string][]usage) error {
-	rows := [][]string{{"cycle", "process", "pss_kib", "descriptors", "threads"}}
+	rows := [][]string{{"cycle", "process", "pss_kib", "descriptors", "threads", "goroutines"}}
 	for _, name := range names {
 		for i, u := range series[name] {
 			row := []string{strconv.Itoa(i + 1), name}
