@@ -15,6 +15,10 @@ host_promises() {
 		= The VMM has a user of its own, eight capabilities, its own namespaces, and no descriptor that leads to the host
 		cmd/microvm-vmm TestJail/process
 		pkg/shim/state TestChooseID
+		= What it was lent it can use, but not change: images, devices, its own program
+		pkg/vmm/jail TestLent
+		pkg/shim TestOpenDisk TestOpenBlockDevice
+		pkg/shim/network TestPod
 		= Its root is the shared directory, with what is mounted there nodev, nosuid and noexec
 		cmd/microvm-vmm TestJail/mounts
 		pkg/shim/share TestTree TestMountsOfTheHost TestHostSeesNothing

@@ -40,7 +40,11 @@ func runByHand(log *slog.Logger, args []string) error {
 
 	files := map[string]*os.File{control.FileConsole: os.Stdout}
 	open := func(role, path string, mode int) error {
-		fd, err := unix.Open(path, mode|unix.O_CLOEXEC, 0)
+		open := unix.Open
+		if *jailed && role != fileShared {
+			open = lend
+		}
+		fd, err := open(path, mode|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
@@ -103,6 +107,23 @@ func runByHand(log *slog.Logger, args []string) error {
 		return err
 	}
 	return ended(machine.run())
+}
+
+// lend opens a file, which is not written, for a VMM in a jail.
+func lend(path string, flags int, _ uint32) (fd int, err error) {
+	handle, err := jail.Isolate(path)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(handle)
+	if fd, err = jail.Reopen(handle, flags); err != nil {
+		return -1, err
+	}
+	if err := jail.Protect(handle); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
 }
 
 // byHandID is the user and group id of a VMM that is run by hand in a jail, below

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,7 +22,6 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
 	"github.com/microvm-runtime/microvm/pkg/shim/share"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
-	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
 // The tests mount in a mount namespace of their own.
@@ -77,8 +77,12 @@ func build(t *testing.T) string {
 // jailed is a VMM in its jail, with a guest that does nothing.
 type jailed struct {
 	*control.VMM
-	tree *share.Tree
+	tree  *share.Tree
+	pipes map[string]string // what its console and its log are called in /proc
 }
+
+// memoryBytes is the guest's memory.
+const memoryBytes = 64 << 20
 
 func launchJailed(t *testing.T, program string) *jailed {
 	t.Helper()
@@ -106,22 +110,39 @@ func launchJailed(t *testing.T, program string) *jailed {
 	defer kvm.Close()
 	taps := openTaps(t, 1)
 	defer taps[0].Close()
-	console := tempFile(t, "console", nil)
+	pipes := map[string]string{}
+	pipe := func(name string) (r, w *os.File) {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { r.Close() })
+		target, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", w.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pipes[target] = name
+		return r, w
+	}
+	_, console := pipe("console")
+	logged, log := pipe("log")
 	vmm, err := control.Launch(t.Context(), control.Options{
-		Binary: program, ID: vmmID, Root: root, KVM: kvm, Console: console, Log: console,
+		Binary: program, ID: vmmID, Root: root, KVM: kvm, Console: console, Log: log,
 		Kernel: tempFile(t, "kernel", spinning()), Image: tempFile(t, "image", make([]byte, 512)),
 		Disks: []*os.File{tempFile(t, "disk", make([]byte, 512))}, Taps: [][]*os.File{taps},
 		Config: control.Config{
-			VCPUs: 1, MaxVCPUs: 3, MemoryBytes: 64 << 20, MaxMemoryBytes: 256 << 20, SharedTag: "shared",
+			VCPUs: 1, MaxVCPUs: 3, MemoryBytes: memoryBytes, MaxMemoryBytes: 256 << 20, SharedTag: "shared",
 			Disks: []control.Disk{{}}, NICs: []control.NIC{{MAC: "02:00:00:00:00:01", QueuePairs: 1}},
 		},
 	})
+	console.Close()
+	log.Close()
 	if err != nil {
-		log, _ := os.ReadFile(console.Name())
-		t.Fatalf("%v\n%s", err, log)
+		said, _ := io.ReadAll(logged)
+		t.Fatalf("%v\n%s", err, said)
 	}
 	t.Cleanup(func() { vmm.Kill(); <-vmm.Done() })
-	return &jailed{vmm, tree}
+	return &jailed{vmm, tree, pipes}
 }
 
 // proc is a path in the VMM's directory of /proc.
@@ -192,97 +213,6 @@ func TestJail(t *testing.T) {
 	})
 }
 
-// testProcess looks at all that the kernel says about the process.
-func testProcess(t *testing.T, j *jailed) {
-	var caps uint64
-	for _, c := range jail.Capabilities {
-		caps |= 1 << c
-	}
-	id := strings.Repeat(strconv.Itoa(vmmID)+" ", 4)
-	want := map[string]string{
-		"Uid": id[:len(id)-1], "Gid": id[:len(id)-1], "Groups": "",
-		"CapPrm": fmt.Sprintf("%016x", caps), "CapEff": fmt.Sprintf("%016x", caps),
-		"CapInh": strings.Repeat("0", 16), "CapBnd": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16),
-		"NoNewPrivs": "1", "Seccomp": "2",
-	}
-	tasks, err := os.ReadDir(j.proc("task"))
-	if err != nil || len(tasks) < 3 {
-		t.Fatalf("%d threads, %v", len(tasks), err)
-	}
-	for _, task := range tasks {
-		got := status(t, j.proc("task", task.Name(), "status"))
-		for key, value := range want {
-			if got[key] != value {
-				t.Errorf("thread %s: %s is %q, want %q", task.Name(), key, got[key], value)
-			}
-		}
-	}
-	if n := status(t, j.proc("status"))["NSpid"]; n != fmt.Sprintf("%d 1", j.Pid()) {
-		t.Errorf("process ids %s", n)
-	}
-	environment, err := os.ReadFile(j.proc("environ"))
-	if want := fmt.Sprintf("GODEBUG=disablethp=1\x00GOMAXPROCS=%d\x00", control.MaxProcs(1)); err != nil || string(environment) != want {
-		t.Errorf("environment %q, %v", environment, err)
-	}
-	for _, ns := range []string{"mnt", "pid", "ipc", "uts", "cgroup", "net"} {
-		ours, err1 := os.Readlink("/proc/self/ns/" + ns)
-		its, err2 := os.Readlink(j.proc("ns", ns)) // as who looks up a container's network
-		if err := errors.Join(err1, err2); err != nil || ours == its {
-			t.Errorf("namespace %s: %s, %v", ns, its, err)
-		}
-	}
-	// What belongs to root although the process does not is not dumpable.
-	var st unix.Stat_t
-	if err := unix.Stat(j.proc("fd"), &st); err != nil || st.Uid != 0 {
-		t.Errorf("dumpable: uid %d, %v", st.Uid, err)
-	}
-	limits, err := os.ReadFile(j.proc("limits"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, most := range map[string]int{"core file size": 0, "processes": 2048, "open files": 1 << 20} {
-		_, rest, _ := strings.Cut(string(limits), "Max "+name)
-		var soft, hard int
-		if _, err := fmt.Sscan(rest, &soft, &hard); err != nil || soft > most || hard > most {
-			t.Errorf("%s: %d, %d, %v", name, soft, hard, err)
-		}
-	}
-	testHeap(t, j)
-	descriptors, err := os.ReadDir(j.proc("fd"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, d := range descriptors {
-		var st unix.Stat_t
-		name, err := os.Readlink(j.proc("fd", d.Name()))
-		if err == nil {
-			err = unix.Stat(j.proc("fd", d.Name()), &st)
-		}
-		if err != nil {
-			t.Errorf("descriptor %s: %v", d.Name(), err)
-		}
-		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			continue
-		}
-		// From a directory there is a way to others.
-		switch name {
-		case "/":
-		case "/1/fd":
-			entries, err := os.ReadDir(j.proc("fd", d.Name()) + "/../..")
-			for _, e := range entries {
-				if name := e.Name(); name != "1" && name != "self" && name != "thread-self" {
-					t.Errorf("its procfs has %s", name)
-				}
-			}
-			if err != nil || len(entries) == 0 {
-				t.Errorf("its procfs: %d entries, %v", len(entries), err)
-			}
-		default:
-			t.Errorf("descriptor of the directory %s", name)
-		}
-	}
-}
-
 // What the program links, all sandboxes pay for. See rng.Kernel about this one.
 func TestLinksNoCrypto(t *testing.T) {
 	out, err := exec.Command("go", "list", "-deps", ".").Output()
@@ -291,21 +221,6 @@ func TestLinksNoCrypto(t *testing.T) {
 	}
 	if slices.Contains(strings.Fields(string(out)), "crypto/rand") {
 		t.Error("the VMM links crypto/rand; go list -deps says through what")
-	}
-}
-
-// testHeap looks whether Go has refused huge pages for its heap, which is smaller
-// than one.
-func testHeap(t *testing.T, j *jailed) {
-	if _, err := os.Stat("/sys/kernel/mm/transparent_hugepage"); err != nil {
-		return // this host has none
-	}
-	maps, err := os.ReadFile(j.proc("smaps"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !strings.Contains(string(maps), " nh ") { // VM_NOHUGEPAGE, proc(5)
-		t.Error("no part of the process's memory refuses huge pages")
 	}
 }
 

@@ -143,6 +143,11 @@ func assemble(config control.Config, files map[string]*os.File, log *slog.Logger
 	for _, p := range removable {
 		m.plugged[m.PCIAddress(p.device)] = p
 	}
+	// The virtual machine is made, the kernel is read and the image is mapped. To
+	// who takes over this process they would be ways to the host's files.
+	for _, role := range []string{control.FileKVM, control.FileKernel, control.FileImage} {
+		files[role].Close()
+	}
 	return m, nil
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
 // diskTime bounds the coming and going of a disk.
@@ -69,7 +70,7 @@ func openDisk(sys, dev string, d hostDisk) (file *os.File, key diskKey, readOnly
 		path = filepath.Join(dev, name)
 	}
 	// First without any effect: opening a FIFO waits, a tape rewinds.
-	handle, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	handle, err := jail.Isolate(path)
 	if err != nil {
 		return nil, key, false, diskError(path, err)
 	}
@@ -78,7 +79,7 @@ func openDisk(sys, dev string, d hostDisk) (file *os.File, key diskKey, readOnly
 	if err := unix.Fstat(handle, &st); err != nil {
 		return nil, key, false, diskError(path, err)
 	}
-	flags := unix.O_CLOEXEC | unix.O_NOCTTY
+	flags := unix.O_NOCTTY
 	switch kind := st.Mode & unix.S_IFMT; {
 	case kind == unix.S_IFBLK && (d.path != "" || st.Rdev == unix.Mkdev(uint32(d.major), uint32(d.minor))):
 		key = diskKey{block: true, device: st.Rdev}
@@ -92,11 +93,10 @@ func openDisk(sys, dev string, d hostDisk) (file *os.File, key diskKey, readOnly
 	default:
 		return nil, key, false, fmt.Errorf("%s is neither a regular file nor a block device: %w", path, errdefs.ErrInvalidArgument)
 	}
-	self := fmt.Sprintf("/proc/self/fd/%d", handle)
 	readOnly = d.readOnly
 	fd := -1
 	if !readOnly {
-		fd, err = unix.Open(self, flags|unix.O_RDWR, 0)
+		fd, err = jail.Reopen(handle, flags|unix.O_RDWR)
 		if key.block && isProtected(fd, err) {
 			readOnly = true
 			if err == nil {
@@ -105,12 +105,20 @@ func openDisk(sys, dev string, d hostDisk) (file *os.File, key diskKey, readOnly
 		}
 	}
 	if readOnly {
-		fd, err = unix.Open(self, flags|unix.O_RDONLY, 0)
+		fd, err = jail.Reopen(handle, flags|unix.O_RDONLY)
 	}
 	if err != nil {
 		return nil, key, false, diskError(path, err)
 	}
-	return os.NewFile(uintptr(fd), path), key, readOnly, nil
+	file = os.NewFile(uintptr(fd), path)
+	// An image that is written cannot be protected, see docs/threat-model.md.
+	if key.block || readOnly {
+		if err := jail.Protect(handle); err != nil {
+			file.Close()
+			return nil, key, false, diskError(path, err)
+		}
+	}
+	return file, key, readOnly, nil
 }
 
 // isProtected says whether a block device, which was opened to be written, cannot

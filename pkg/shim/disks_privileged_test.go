@@ -3,6 +3,7 @@
 package shim
 
 import (
+	"errors"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -86,6 +87,9 @@ func TestOpenBlockDevice(t *testing.T) {
 		t.Fatalf("%v, read-only %v, %v", file, readOnly, err)
 	}
 	defer file.Close()
+	if err := file.Chmod(0o600); !errors.Is(err, unix.EROFS) {
+		t.Errorf("the node's mode can be changed: %v", err)
+	}
 	rootFile, same, _, err := openDisk("/sys", "/dev", root)
 	if err != nil || same != key {
 		t.Fatalf("%v and %v, %v", key, same, err)

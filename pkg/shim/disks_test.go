@@ -100,6 +100,9 @@ func TestOpenDisk(t *testing.T) {
 	if _, err := again.Write([]byte{1}); err == nil {
 		t.Error("a read-only disk can be written")
 	}
+	if err := again.Chmod(0o666); !errors.Is(err, unix.EROFS) {
+		t.Errorf("its mode can be changed: %v", err)
+	}
 }
 
 // createOn makes a container whose root file system is in an image.

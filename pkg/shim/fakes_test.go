@@ -125,14 +125,10 @@ func (m *fakeMachine) AttachDisk(_ context.Context, disk control.Disk, file *os.
 	if err != nil {
 		return "", err
 	}
-	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
-	if err != nil {
-		return "", err
-	}
 	for slot := 0x18; ; slot++ {
 		address := fmt.Sprintf("0000:00:%02x.0", slot)
 		if _, taken := m.disks[address]; !taken {
-			m.disks[address] = fakeDisk{path, disk.ReadOnly, flags&unix.O_ACCMODE == unix.O_RDWR, disk.Pmem}
+			m.disks[address] = fakeDisk{file.Name(), disk.ReadOnly, flags&unix.O_ACCMODE == unix.O_RDWR, disk.Pmem}
 			return address, nil
 		}
 	}

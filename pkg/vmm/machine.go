@@ -29,7 +29,7 @@ const MaxVCPUs = 32
 // Config describes a machine. The files and devices stay the caller's, and must
 // last as long as the machine.
 type Config struct {
-	// KVM is /dev/kvm, open for reading and writing.
+	// KVM is /dev/kvm, open for reading and writing. It is used by New only.
 	KVM *os.File
 	// Kernel is an uncompressed vmlinux. It is read by New only.
 	Kernel *os.File

@@ -98,7 +98,8 @@ func (m *Machine) addSlot(start memory.GuestAddress, b []byte, hostAddr uint64, 
 // PmemConfig is a file that the guest has as a persistent memory device.
 type PmemConfig struct {
 	// File is mapped shared, as long as it is when the machine is made. It must
-	// not shrink while the machine exists. The machine does not close it.
+	// not shrink while the machine exists. The machine does not close it; if it is
+	// ReadOnly, it is needed open by New only.
 	File *os.File
 	// ReadOnly maps it without the right to write; what the guest writes is
 	// ignored.
@@ -138,6 +139,9 @@ func (m *Machine) addPmem(c PmemConfig) (*pmem.Device, error) {
 		return nil, fmt.Errorf("persistent memory %s: %w", info.Name(), err)
 	}
 	m.highEnd = start + memory.GuestAddress(size)
+	if c.ReadOnly {
+		return pmem.New(start, size, nil), nil
+	}
 	return pmem.New(start, size, c.File.Sync), nil
 }
 

@@ -185,6 +185,11 @@ func testPod(t *testing.T, queuePairs int) {
 		if d.NIC.QueuePairs != queuePairs || len(d.Files) != queuePairs || d.NIC.MTU != map[string]int{"eth0": 1400, "net1": 1500}[d.Link] {
 			t.Errorf("device %+v", d)
 		}
+		for _, f := range d.Files {
+			if err := f.Chmod(0o666); !errors.Is(err, unix.EROFS) {
+				t.Errorf("the mode of /dev/net/tun can be changed: %v", err)
+			}
+		}
 		g.attach(t, d)
 	}
 	if len(devices) != 2 || len(r.Joints) != 2 {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
 
 const (
@@ -29,13 +31,15 @@ func openTap(pairs int) (name string, files []*os.File, err error) {
 		}
 	}()
 	name = tapPrefix + "%d" // the kernel finds a number that is free
+	handle, err := jail.Isolate("/dev/net/tun")
+	if err != nil {
+		return "", nil, tunError(err)
+	}
+	defer unix.Close(handle)
 	for range pairs {
-		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
-			return "", files, fmt.Errorf("open /dev/net/tun: %w: this host has no tap devices: load the module tun", err)
-		}
+		fd, err := jail.Reopen(handle, unix.O_RDWR|unix.O_NONBLOCK)
 		if err != nil {
-			return "", files, fmt.Errorf("open /dev/net/tun: %w", err)
+			return "", files, tunError(err)
 		}
 		if name, err = attachQueue(fd, name, pairs > 1); err != nil {
 			unix.Close(fd)
@@ -44,7 +48,17 @@ func openTap(pairs int) (name string, files []*os.File, err error) {
 		// Not sooner: the runtime finds that it cannot poll what is no tap yet.
 		files = append(files, os.NewFile(uintptr(fd), "tap"))
 	}
+	if err := jail.Protect(handle); err != nil {
+		return "", files, fmt.Errorf("/dev/net/tun: %w", err)
+	}
 	return name, files, nil
+}
+
+func tunError(err error) error {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("open /dev/net/tun: %w: this host has no tap devices: load the module tun", err)
+	}
+	return fmt.Errorf("open /dev/net/tun: %w", err)
 }
 
 func attachQueue(fd int, name string, multiQueue bool) (string, error) {

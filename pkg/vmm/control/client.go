@@ -38,7 +38,8 @@ type Options struct {
 	Taps [][]*os.File
 	// Console gets the guest's console output.
 	Console *os.File
-	// Log is the VMM's standard error.
+	// Log is the VMM's standard error, and its other standard files. It is best a
+	// pipe: of a file the VMM could change the mode.
 	Log    *os.File
 	Config Config
 	// ID is the user and group id of the VMM, which must not be another process's.
@@ -143,9 +144,9 @@ func (v *VMM) start(o Options, socket *os.File) error {
 	cmd := exec.Command(o.Binary, arguments(o.Name)...)
 	cmd.Env = environment(o.Config.VCPUs)
 	cmd.ExtraFiles = []*os.File{SocketFD - 3: socket, RootFD - 3: o.Root}
-	if o.Log != nil { // a nil *os.File would be a non-nil io.Writer
-		cmd.Stderr = o.Log
-	}
+	// Also as standard input, from which nothing is read: os/exec would open
+	// /dev/null, whose mode the VMM could then change.
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = o.Log, o.Log, o.Log
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // for good

@@ -338,7 +338,7 @@ func TestHowAVMMEnds(t *testing.T) {
 
 func TestLaunchWithoutBinary(t *testing.T) {
 	f := tempFile(t, "")
-	_, err := Launch(t.Context(), Options{Binary: "/nonexistent/microvm-vmm", ID: vmmID, Root: f, KVM: f, Kernel: f, Image: f, Console: f})
+	_, err := Launch(t.Context(), Options{Binary: "/nonexistent/microvm-vmm", ID: vmmID, Root: f, KVM: f, Kernel: f, Image: f, Console: f, Log: f})
 	if !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("Launch: %v", err)
 	}

@@ -18,7 +18,8 @@
 //  2. a procfs that shows this process only, mounted nowhere, of which just the
 //     descriptor of /proc/self/fd stays: the file server opens through it what it
 //     has looked up;
-//  3. the shared directory becomes the root directory, and all else is unmounted;
+//  3. the host's mounts become read-only, the shared directory becomes the root
+//     directory, and all else is unmounted;
 //  4. Landlock, where the kernel has it: nothing above the root, no execution;
 //  5. all capabilities but those of the file server go, on all threads;
 //  6. not dumpable: nobody but the host's root reads its memory.
@@ -39,7 +40,8 @@ import (
 // (pkg/vmm/virtio/fs/passthrough) acts on the guest's files as the guest's root
 // does, whoever they belong to. Every thread has them: a goroutine of the file
 // server runs on any. They reach the shared directory only, as there is nothing
-// else in the root, and no device in there can be opened (the mounts are nodev).
+// else in the root, and no device in there can be opened (the mounts are nodev);
+// for what descriptors lead to see Protect.
 var Capabilities = []uintptr{
 	unix.CAP_DAC_OVERRIDE, // open, list and change what the sandbox's uid may not
 	unix.CAP_CHOWN,        // give a new file to who created it; chown
@@ -199,9 +201,13 @@ func Detached(path string) (*os.File, error) {
 // changeRoot makes the mount the root directory and unmounts all else, in the
 // mount namespace that is this process's own.
 func changeRoot(root *os.File) (*os.File, error) {
-	// None of this is to be seen elsewhere.
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return nil, fmt.Errorf("make mounts private: %w", err)
+	// None of this is to be seen elsewhere. Read-only is for what stays open of the
+	// host's: this program, which /proc/self/exe leads to.
+	if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &unix.MountAttr{
+		Attr_set:    unix.MOUNT_ATTR_RDONLY,
+		Propagation: unix.MS_PRIVATE,
+	}); err != nil {
+		return nil, fmt.Errorf("mount_setattr (Linux 5.12): make the host's mounts private and read-only: %w", err)
 	}
 	if err := unix.MoveMount(int(root.Fd()), "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return nil, fmt.Errorf("move_mount: %w", err)

@@ -3,6 +3,7 @@ package jail
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os/exec"
 	"runtime"
 	"syscall"
@@ -32,6 +33,11 @@ func Start(cmd *exec.Cmd, id uint32) error {
 	capabilities := append([]uintptr{unix.CAP_SYS_ADMIN}, Capabilities...)
 	if err := limitThread(capabilities); err != nil {
 		return fmt.Errorf("jail: %w", err)
+	}
+	// What the shim itself was started with is nothing for a jail. (os/exec gives the
+	// process copies of what cmd has.)
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("jail: close_range (Linux 5.11): %w", err)
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  namespaces,
