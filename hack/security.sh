@@ -23,7 +23,7 @@ host_promises() {
 		cmd/microvm-vmm TestJail/mounts
 		pkg/shim/share TestTree TestMountsOfTheHost TestHostSeesNothing
 		= A system call outside of its lists kills the VMM, and the log names it
-		cmd/microvm-vmm TestJail/socket TestJail/vCPU
+		cmd/microvm-vmm TestJail/socket TestJail/vCPU TestDenied
 		pkg/vmm/seccomp TestFilter TestLog
 		= Everything that a machine does is in the lists
 		cmd/microvm-vmm TestJail/machine TestDevicesOnVCPUThread

@@ -13,7 +13,10 @@ func Syscalls() []seccomp.Rule {
 		unix.SYS_RECVMSG,
 	)
 	return append(rules,
-		seccomp.Rule{Call: unix.SYS_SOCKETPAIR, Args: []seccomp.Arg{seccomp.Int(0, unix.AF_UNIX)}},
+		// See Socketpair. No other type: datagram sockets send to any name.
+		seccomp.Rule{Call: unix.SYS_SOCKETPAIR, Args: []seccomp.Arg{
+			seccomp.Int(0, unix.AF_UNIX), seccomp.Int(1, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK),
+		}},
 		// Descriptors that arrive are not for programs that are executed.
 		seccomp.Rule{Call: unix.SYS_FCNTL, Args: []seccomp.Arg{seccomp.Int(1, unix.F_GETFD)}},
 		seccomp.Rule{Call: unix.SYS_FCNTL, Args: []seccomp.Arg{seccomp.Int(1, unix.F_SETFD)}},
