@@ -16,20 +16,28 @@ host_promises() {
 		cmd/microvm-vmm TestJail/process
 		pkg/shim/state TestChooseID
 		= What it was lent it can use, but not change: images, devices, its own program
-		pkg/vmm/jail TestLent
+		pkg/vmm/jail TestJail/lent/with_Landlock TestJail/lent/without_Landlock
 		pkg/shim TestOpenDisk TestOpenBlockDevice
 		pkg/shim/network TestPod
 		= Its root is the shared directory, with what is mounted there nodev, nosuid and noexec
 		cmd/microvm-vmm TestJail/mounts
 		pkg/shim/share TestTree TestMountsOfTheHost TestHostSeesNothing
+		= With Landlock a descriptor of a directory outside of it leads nowhere, and nothing is executed
+		pkg/vmm/jail TestJail/paths/with_Landlock TestJail/paths/without_Landlock
+		= Its memory cannot be read by others of its user, and is in no dump
+		cmd/microvm-vmm TestJail/process
+		= Its threads, descriptors and message queues are limited, and user 0 means nothing to it
+		cmd/microvm-vmm TestJail/process
+		pkg/vmm/jail TestJail/confined
 		= A system call outside of its lists kills the VMM, and the log names it
 		cmd/microvm-vmm TestJail/socket TestJail/vCPU TestDenied
 		pkg/vmm/seccomp TestFilter TestLog
 		= Everything that a machine does is in the lists
 		cmd/microvm-vmm TestJail/machine TestDevicesOnVCPUThread
 		pkg/vmm/virtio/fs/passthrough TestConformanceInJail
-		= There is no way around the jail, and no silent fallback
+		= There is no way around the jail, no silent fallback, and what a kernel lacks is told by name
 		cmd/microvm-vmm TestJail/unjailed
+		pkg/vmm/jail TestJail/missing
 		= A VMM that its guest has taken over fills nothing of the shim's, and cannot hang it
 		cmd/microvm-vmm TestSocketsStayNonBlocking
 		pkg/vmm/control TestHostileVMM TestVMMThatDoesNotRead TestPatience FuzzVMM FuzzReceive TestHowAVMMEnds
