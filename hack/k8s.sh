@@ -242,6 +242,7 @@ node() {
 		imageGCHighThresholdPercent: 100
 		makeIPTablesUtilChains: false
 		syncFrequency: 10s
+		volumeStatsAggPeriod: 10s
 		configMapAndSecretChangeDetectionStrategy: Watch
 		runtimeRequestTimeout: $([ -n "${MICROVM_TESTBED:-}" ] && echo 10 || echo 2)m
 	Y

@@ -138,7 +138,7 @@ spec:
 	}
 }
 
-// The limits of a container can be changed while it runs.
+// The limits of a container can be changed while it runs, and its virtual machine grows and shrinks with them.
 func TestResize(t *testing.T) {
 	s := newSpace(t)
 	s.apply(t, sleeper("p", "resources: {requests: {cpu: 100m, memory: 64Mi}, limits: {cpu: 500m, memory: 128Mi}}", ""))
@@ -163,8 +163,37 @@ func TestResize(t *testing.T) {
 			return r != nil && r.Limits.Memory().Value() == int64(bytes) && r.Limits.Cpu().MilliValue() == int64(quota/100)
 		})
 	}
+	machine := func() (processors string, mib int) {
+		t.Helper()
+		seen := strings.Fields(s.sh(t, "p", "nproc; awk '/^MemTotal/ { print $2 }' /proc/meminfo"))
+		if len(seen) != 2 {
+			t.Fatalf("the machine: %q", seen)
+		}
+		kib, err := strconv.Atoi(seen[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return seen[0], kib >> 10
+	}
+	processors, small := machine()
 	resized("1500m", "256Mi", 150000, 256<<20)
+	resized("2", "1Gi", 200000, 1<<30)
+	if runtimeClass != "" {
+		if processors != "1" || small >= 1024 {
+			t.Errorf("the machine has %s processors and %d MiB to begin with", processors, small)
+		}
+		s.until(t, "the machine has grown", func() bool {
+			processors, mib := machine()
+			return processors == "2" && mib >= 1024
+		})
+	}
 	resized("400m", "96Mi", 40000, 96<<20)
+	if runtimeClass != "" {
+		s.until(t, "the machine has shrunk", func() bool {
+			processors, mib := machine()
+			return processors == "1" && mib <= small+64
+		})
+	}
 	if n := s.pod(t, "p").Status.ContainerStatuses[0].RestartCount; n != 0 {
 		t.Errorf("restarted %d times", n)
 	}

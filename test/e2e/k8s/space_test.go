@@ -151,7 +151,13 @@ func (s *space) want(t *testing.T, pod, script, want string) {
 // until waits for a condition, with a limit that only a hang exceeds.
 func (s *space) until(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience()); !condition(); time.Sleep(200 * time.Millisecond) {
+	s.within(t, patience(), what, condition)
+}
+
+// within is until with another limit, for what others do at their own pace.
+func (s *space) within(t *testing.T, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); !condition(); time.Sleep(200 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("did not happen: %s", what)
 		}
