@@ -198,21 +198,25 @@ func stop(c *exec.Cmd) {
 // talk sends a line and returns the answer.
 func talk(t *testing.T, network, address, text string) string {
 	t.Helper()
-	conn, err := net.DialTimeout(network, address, time.Duration(5*node.Slow())*time.Second)
+	line, err := ask(network, address, text, time.Duration(10*node.Slow())*time.Second)
 	if err != nil {
-		t.Errorf("dial: %v", err)
-		return ""
-	}
-	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(time.Duration(10*node.Slow()) * time.Second)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.WriteString(conn, text); err != nil {
-		t.Errorf("write: %v", err)
-	}
-	line, err := bufio.NewReader(conn).ReadString('\n')
-	if err != nil {
-		t.Errorf("read: %v", err)
+		t.Errorf("%s: %v", address, err)
 	}
 	return line
+}
+
+// ask is talk for what may fail.
+func ask(network, address, text string, limit time.Duration) (string, error) {
+	conn, err := net.DialTimeout(network, address, limit)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(limit)); err != nil {
+		return "", err
+	}
+	if _, err := io.WriteString(conn, text); err != nil {
+		return "", err
+	}
+	return bufio.NewReader(conn).ReadString('\n')
 }

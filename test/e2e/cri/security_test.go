@@ -174,6 +174,63 @@ func TestConfinement(t *testing.T) {
 	}
 }
 
+// procMount Unmasked: nothing is masked or read-only that is by default, and the capabilities say what may be done there.
+func TestProcMountUnmasked(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	capabilities := func(s *securityContext) { s.Capabilities = &cri.Capability{AddCapabilities: []string{"NET_ADMIN"}} }
+	masked := p.Run(t, pods.Security(capabilities))
+	unmasked := p.Run(t, pods.Security(capabilities), pods.Security(func(s *securityContext) {
+		s.MaskedPaths, s.ReadonlyPaths = []string{}, []string{}
+	}))
+	const (
+		// Which of the files there are is the kernel's to say. A masked one is /dev/null.
+		look = "for f in kcore keys timer_list; do [ ! -e /proc/$f ] || stat -c %F /proc/$f; done | sort -u; ls /sys/firmware | head -n 1 | wc -l"
+		set  = "echo 0 >/proc/sys/net/ipv4/tcp_syncookies"
+	)
+	if got := masked.Get(t, look); got != "character special file\n0" {
+		t.Errorf("masked: %q", got)
+	}
+	if got := unmasked.Get(t, look+"; grep -c ' /proc/' /proc/mounts || :"); got != "regular empty file\n1\n0" {
+		t.Errorf("unmasked: %q", got)
+	}
+	if r := masked.Shell(t, set); r.Code == 0 || !strings.Contains(r.Stderr, "Read-only file system") {
+		t.Errorf("masked: %s: %s", set, r)
+	}
+	if got := unmasked.Get(t, set+"; cat /proc/sys/net/ipv4/tcp_syncookies"); got != "0" {
+		t.Errorf("unmasked: the setting is %s", got)
+	}
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_syncookies"); err != nil || strings.TrimSpace(string(b)) == "0" {
+		t.Errorf("the host's: %q, %v", b, err)
+	}
+}
+
+// Devices that every kernel has can be given to a container, and opened there; those that it was not given are not there.
+func TestDevices(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	with := p.Run(t, pods.Device("/dev/net/tun", "/dev/net/tun", "rwm"), pods.Device("/dev/fuse", "/dev/mine", "rwm"))
+	reader := p.Run(t, pods.Device("/dev/fuse", "/dev/fuse", "r"))
+	without := p.Run(t)
+	if got := with.Get(t, "stat -c '%F %t %T' /dev/net/tun /dev/mine"); got != "character special file a c8\ncharacter special file a e5" {
+		t.Errorf("the devices: %q", got)
+	}
+	with.Get(t, ": <>/dev/net/tun && : <>/dev/mine")
+	reader.Get(t, ": </dev/fuse")
+	without.Shell(t, "ls /dev/net/tun || ls /dev/fuse").WantExit(t, 1)
+	for what, c := range map[string]struct {
+		container *pods.Container
+		script    string
+	}{
+		"writing to what may only be read":          {reader, ": <>/dev/fuse"},
+		"a device that the container was not given": {without, "mknod /d c 10 229 && : <>/d"},
+	} {
+		if r := c.container.Shell(t, c.script); r.Code == 0 || !strings.Contains(r.Stderr, "Operation not permitted") {
+			t.Errorf("%s: %s", what, r)
+		}
+	}
+}
+
 // A privileged container may do everything that is for its own kernel, or the host's, to allow.
 func TestPrivileged(t *testing.T) {
 	n := pods.For(t)

@@ -4,8 +4,15 @@ package cri
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
@@ -94,6 +101,146 @@ func TestPodStats(t *testing.T) {
 	out := n.MustCrictl(t, "statsp", "-o", "json", "--id", p.ID).Stdout
 	if err := json.Unmarshal([]byte(out), &seen); err != nil || len(seen.Stats) != 1 || seen.Stats[0].Attributes.ID != p.ID {
 		t.Errorf("crictl statsp: %s", out)
+	}
+}
+
+// number is a 64-bit one as protobuf has it in JSON.
+type number struct {
+	Value uint64 `json:",string"`
+}
+
+// What crictl shows in JSON is true: of a container and its pod, of memory, processes, and what was sent.
+func TestCrictlStats(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	c := p.Run(t, pods.Shell("head -c 30000000 /dev/zero >/dev/shm/ballast; sleep 1001 & sleep 1002 & touch /up; wait"))
+	node.Until(t, "the container is up", func() bool { return c.Shell(t, "[ -e /up ]").Code == 0 })
+	crictl := func(into any, args ...string) {
+		t.Helper()
+		out := n.MustCrictl(t, args...).Stdout
+		if err := json.Unmarshal([]byte(out), into); err != nil {
+			t.Fatalf("crictl %s: %v: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	var container struct {
+		Stats []struct {
+			Attributes struct {
+				ID       string
+				Metadata struct{ Name string }
+			}
+			Memory        struct{ WorkingSetBytes, UsageBytes number }
+			CPU           struct{ UsageCoreNanoSeconds number }
+			WritableLayer struct{ UsedBytes number }
+		}
+	}
+	crictl(&container, "stats", "-o", "json", "--id", c.ID)
+	if len(container.Stats) != 1 {
+		t.Fatalf("crictl stats: %+v", container)
+	}
+	s := container.Stats[0]
+	if s.Attributes.ID != c.ID || s.Attributes.Metadata.Name != "c1" || s.CPU.UsageCoreNanoSeconds.Value == 0 || s.WritableLayer.UsedBytes.Value == 0 ||
+		s.Memory.WorkingSetBytes.Value < 30_000_000 || s.Memory.UsageBytes.Value < s.Memory.WorkingSetBytes.Value {
+		t.Errorf("crictl stats: %+v", s)
+	}
+
+	type pod struct {
+		Attributes struct{ ID string }
+		Linux      struct {
+			Memory  struct{ WorkingSetBytes, UsageBytes number }
+			CPU     struct{ UsageCoreNanoSeconds number }
+			Process struct{ ProcessCount number }
+			Network struct {
+				DefaultInterface struct{ TxBytes, RxBytes number }
+			}
+			Containers []struct{ Attributes struct{ ID string } }
+		}
+	}
+	look := func() pod {
+		t.Helper()
+		var seen struct{ Stats []pod }
+		crictl(&seen, "statsp", "-o", "json", "--id", p.ID)
+		if len(seen.Stats) != 1 || seen.Stats[0].Attributes.ID != p.ID {
+			t.Fatalf("crictl statsp: %+v", seen)
+		}
+		return seen.Stats[0]
+	}
+	before := look()
+	// The shell and two that sleep.
+	if l := before.Linux; l.Process.ProcessCount.Value < 3 || l.CPU.UsageCoreNanoSeconds.Value == 0 || len(l.Containers) != 1 || l.Containers[0].Attributes.ID != c.ID ||
+		l.Memory.WorkingSetBytes.Value < 30_000_000 || l.Memory.UsageBytes.Value < l.Memory.WorkingSetBytes.Value {
+		t.Errorf("crictl statsp: %+v", before)
+	}
+	received := receive(t)
+	c.Get(t, fmt.Sprintf("head -c 3000000 /dev/zero | timeout 300 nc %s", received.address))
+	if got := <-received.bytes; got != 3_000_000 {
+		t.Errorf("%d bytes were received", got)
+	}
+	node.Until(t, "what was sent shows", func() bool {
+		return look().Linux.Network.DefaultInterface.TxBytes.Value-before.Linux.Network.DefaultInterface.TxBytes.Value >= 3_000_000
+	})
+}
+
+// receive takes one connection on the host until its end.
+func receive(t *testing.T) (server struct {
+	address string // for nc
+	bytes   chan int64
+}) {
+	t.Helper()
+	l, err := net.Listen("tcp", hostV4+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	server.address = strings.ReplaceAll(l.Addr().String(), ":", " ")
+	server.bytes = make(chan int64, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			close(server.bytes)
+			return
+		}
+		defer conn.Close()
+		count, _ := io.Copy(io.Discard, conn)
+		server.bytes <- count
+	}()
+	return server
+}
+
+// What a container has read of files is memory that it uses, but nothing that it needs: its working set is without it.
+func TestWorkingSet(t *testing.T) {
+	const size = 20 << 20
+	n := pods.For(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	write(t, file, strings.Repeat("0123456789abcdef", size/16))
+	// Else the host's cache has it already, and counts it as the test's.
+	dropCache(t, file)
+	c := n.Pod(t).Run(t, pods.Mount(dir, "/v", pods.ReadOnly))
+	before := containerStats(t, n, c).Memory
+	c.Get(t, "dd if=/v/file of=/dev/null bs=1M 2>/dev/null")
+	var s *cri.MemoryUsage
+	node.Until(t, "what was read is in use", func() bool {
+		s = containerStats(t, n, c).Memory
+		return s.UsageBytes.Value >= before.UsageBytes.Value+size/2
+	})
+	if s.WorkingSetBytes.Value > before.WorkingSetBytes.Value+size/4 {
+		t.Errorf("before: %v; after reading %d bytes: %v", before, size, s)
+	}
+}
+
+// dropCache takes a file out of the host's page cache.
+func dropCache(t *testing.T, file string) {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		t.Fatal(err)
 	}
 }
 
