@@ -211,10 +211,10 @@ node() {
 	cgroups
 	CRI=${CRI:-podsandbox} "$top/hack/containerd.sh" start "$state/c"
 	images
-	# Mounts of the kubelet are the containers' to see, some of them both ways.
+	# Mounts of the node are the containers' to see, some of them both ways: systemd has it so, unshare does not.
+	mount --make-rshared /
 	mkdir -p "$state/kubelet" "$state/podlogs" "$state/manifests"
-	mountpoint -q "$state/kubelet" || mount --bind "$state/kubelet" "$state/kubelet"
-	mount --make-rshared "$state/kubelet"
+	cp -r "$top/test/e2e/k8s/seccomp" "$state/kubelet/"
 	echo 'nameserver 127.0.0.1' >"$state/resolv.conf"
 	# oomScoreAdj: without CAP_SYS_RESOURCE nobody can lower a score.
 	cat >"$state/kubelet.yaml" <<-Y

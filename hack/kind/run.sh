@@ -33,6 +33,7 @@ nodes:
   - {hostPath: "$REPO/bin/microvm-vmm", containerPath: /usr/lib/microvm/microvm-vmm, readOnly: true}
   - {hostPath: "$REPO/bin/vmlinux", containerPath: /usr/lib/microvm/vmlinux, readOnly: true}
   - {hostPath: "$REPO/bin/guest.erofs", containerPath: /usr/lib/microvm/guest.erofs, readOnly: true}
+  - {hostPath: "$REPO/test/e2e/k8s/seccomp", containerPath: /var/lib/kubelet/seccomp, readOnly: true}
 containerdConfigPatches:
 - |-
 $(grep -v '^version' "$deployed" | sed 's/^/  /')

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -257,5 +258,43 @@ func TestStats(t *testing.T) {
 				above(c.Rootfs.UsedBytes, 3<<20) && above(p.CPU.UsageCoreNanoSeconds, 1e6) && above(p.Memory.WorkingSetBytes, 4096)
 		}
 		return false
+	})
+}
+
+// What metrics-server reads of a node, and kubectl top of that: the pod and its container are in it.
+func TestResourceMetrics(t *testing.T) {
+	s := newSpace(t)
+	s.apply(t, sleeper("p", "", ""))
+	s.ready(t, "p")
+	s.sh(t, "p", "head -c 20000000 /dev/zero | md5sum")
+	node := s.pod(t, "p").Spec.NodeName
+	var raw string
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the last metrics: %s", raw)
+		}
+	})
+	ofPod := fmt.Sprintf(`namespace="%s",pod="p"}`, s.name)
+	ofContainer := `container="main",` + ofPod
+	s.until(t, "the metrics have the pod", func() bool {
+		raw = s.kubectl(t, "get", "--raw", "/api/v1/nodes/"+node+"/proxy/metrics/resource")
+		for metric, least := range map[string]float64{
+			"container_cpu_usage_seconds_total{" + ofContainer:  0.001,
+			"container_memory_working_set_bytes{" + ofContainer: 4096,
+			"container_start_time_seconds{" + ofContainer:       1e9, // since 1970
+			"pod_cpu_usage_seconds_total{" + ofPod:              0.001,
+			"pod_memory_working_set_bytes{" + ofPod:             4096,
+		} {
+			// A line is "NAME{LABELS} VALUE", most also have a time behind it.
+			_, rest, _ := strings.Cut(raw, "\n"+metric+" ")
+			fields := strings.Fields(rest)
+			if len(fields) == 0 {
+				return false
+			}
+			if value, err := strconv.ParseFloat(fields[0], 64); err != nil || value < least {
+				return false
+			}
+		}
+		return true
 	})
 }
