@@ -44,12 +44,12 @@ tools: ## build containerd, ctr and runc for the tests (about 3 minutes, once)
 images: ## make the container images of the tests from Debian packages
 	hack/images/build.sh
 
-# What a node for pods needs besides. nft is what the portmap plugin calls.
+# What a node for pods needs besides. nft is what the portmap plugin calls, iptables the firewall plugin.
 .PHONY: pod-tools
 pod-tools: tools
 	hack/tools/build.sh cri-tools cni
 	hack/images/build.sh pods
-	. hack/tools/lib.sh && packages nftables
+	. hack/tools/lib.sh && packages nftables iptables
 
 .PHONY: testbed
 testbed: ## make the emulated machine for hosts whose KVM cannot boot the guest kernel

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -120,33 +119,38 @@ func TestHostToPodAndBack(t *testing.T) {
 	echo(t, p, "tcp", 7003)
 	c := p.Run(t)
 	for pod, host := range map[string]string{v4: hostV4, v6: hostV6} {
-		t.Run(family(pod), func(t *testing.T) {
-			if got := talk(t, "tcp", net.JoinHostPort(pod, "7003"), "hello\n"); got != "you said hello\n" {
-				t.Errorf("answer of the pod: %q", got)
-			}
-			l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer l.Close()
-			from := make(chan string, 1)
-			go func() {
-				conn, err := l.Accept()
-				if err != nil {
-					from <- err.Error()
-					return
-				}
-				fmt.Fprintln(conn, "welcome")
-				ip, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
-				from <- ip
-				conn.Close()
-			}()
-			_, port, _ := net.SplitHostPort(l.Addr().String())
-			c.Shell(t, fmt.Sprintf("timeout 30 nc %s %s </dev/null", host, port)).WantOutput(t, "welcome\n")
-			if ip := <-from; ip != pod {
-				t.Errorf("the host sees %s, not the pod's address %s", ip, pod)
-			}
-		})
+		t.Run(family(pod), func(t *testing.T) { bothWays(t, c, pod, host) })
+	}
+}
+
+// bothWays has the host and a pod, which echoes on port 7003, reach each other by TCP, the one under an address of the host.
+func bothWays(t *testing.T, c *pods.Container, pod, host string) {
+	t.Helper()
+	if got := talk(t, "tcp", net.JoinHostPort(pod, "7003"), "hello\n"); got != "you said hello\n" {
+		t.Errorf("answer of the pod: %q", got)
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	from := make(chan string, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			from <- err.Error()
+			return
+		}
+		fmt.Fprintln(conn, "welcome")
+		ip, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+		from <- ip
+		conn.Close()
+	}()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	c.Shell(t, fmt.Sprintf("timeout 30 nc %s %s </dev/null", host, port)).WantOutput(t, "welcome\n")
+	l.Close() // if nobody came
+	if ip := <-from; ip != pod {
+		t.Errorf("the host sees %s, not the pod's address %s", ip, pod)
 	}
 }
 
@@ -283,25 +287,48 @@ func TestNetworkFailsHalfWay(t *testing.T) {
 // Pods that come and go at once: each has its own address, and nothing is left.
 func TestManyPodsAtOnce(t *testing.T) {
 	n := pods.For(t)
-	const count = 5
-	ips := make(chan string, count)
-	for i := range count {
-		t.Run(strconv.Itoa(i), func(t *testing.T) {
-			t.Parallel()
-			p := n.Pod(t)
-			p.Run(t).Get(t, "true")
-			v4, _ := p.IPs(t)
-			ips <- v4
-		})
-	}
-	t.Cleanup(func() {
-		close(ips)
-		seen := map[string]bool{}
-		for ip := range ips {
-			if seen[ip] {
-				t.Errorf("two pods have the address %s", ip)
-			}
-			seen[ip] = true
+	const count = 30
+	all := make([]*pods.Pod, count)
+	atOnce := func(what string, do func(i int) error) {
+		t.Helper()
+		var wg sync.WaitGroup
+		for i := range all {
+			wg.Go(func() {
+				if err := do(i); err != nil {
+					t.Errorf("%s: %v", what, err)
+				}
+			})
 		}
+		wg.Wait()
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
+	atOnce("run a pod", func(i int) (err error) {
+		all[i], err = n.TryPod(t, n.PodConfig(t))
+		return err
+	})
+	atOnce("use a container", func(i int) error {
+		c, err := all[i].TryCreate(t)
+		if err != nil {
+			return err
+		}
+		if err := c.TryStart(t); err != nil {
+			return err
+		}
+		_, err = n.CRI.ExecSync(n.Context(t), &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"true"}})
+		return err
+	})
+	seen := map[string]bool{}
+	for _, p := range all {
+		v4, v6 := p.IPs(t)
+		if seen[v4] || seen[v6] {
+			t.Errorf("two pods have the address %s or %s", v4, v6)
+		}
+		seen[v4], seen[v6] = true, true
+	}
+	atOnce("remove a pod", func(i int) error {
+		all[i].Remove(t)
+		return nil
 	})
 }

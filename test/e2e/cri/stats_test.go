@@ -170,7 +170,7 @@ func TestCrictlStats(t *testing.T) {
 		l.Memory.WorkingSetBytes.Value < 30_000_000 || l.Memory.UsageBytes.Value < l.Memory.WorkingSetBytes.Value {
 		t.Errorf("crictl statsp: %+v", before)
 	}
-	received := receive(t)
+	received := receive(t, hostV4)
 	c.Get(t, fmt.Sprintf("head -c 3000000 /dev/zero | timeout 300 nc %s", received.address))
 	if got := <-received.bytes; got != 3_000_000 {
 		t.Errorf("%d bytes were received", got)
@@ -180,13 +180,13 @@ func TestCrictlStats(t *testing.T) {
 	})
 }
 
-// receive takes one connection on the host until its end.
-func receive(t *testing.T) (server struct {
+// receive takes one connection on an address of the host until its end.
+func receive(t *testing.T, host string) (server struct {
 	address string // for nc
 	bytes   chan int64
 }) {
 	t.Helper()
-	l, err := net.Listen("tcp", hostV4+":0")
+	l, err := net.Listen("tcp", host+":0")
 	if err != nil {
 		t.Fatal(err)
 	}
