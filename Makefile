@@ -173,13 +173,13 @@ test-security: guest tools images pod-tools ## a line for each promise of docs/t
 	hack/security.sh
 
 .PHONY: bench
-bench: guest images pod-tools ## measure beside QEMU, runc and gVisor, print tables and keep them below bench/: RUN picks of machine,container,pod
+bench: guest images pod-tools ## measure beside QEMU, runc and gVisor, print tables and keep them below bench/: RUN picks of machine,container,pod, or pod/nginx and the like
 	@mkdir -p bench
 	. hack/tools/lib.sh && packages qemu-system-x86 iperf3 wrk
 	hack/tools/build.sh gvisor
 	CGO_ENABLED=0 go test -run '^$$' -bench . -benchmem ./pkg/vmm/virtio ./pkg/vmm/virtio/blk ./pkg/vmm/virtio/vsock | tee bench/devices.txt
 	$(GO_BUILD) -o bin/bench ./test/bench
-	$(TESTBED) --out $(CURDIR)/bench --timeout 7200 -- bin/bench -out $(CURDIR)/bench/results.json $(if $(RUN),-only $(RUN))
+	$(TESTBED) --out $(CURDIR)/bench --timeout 7200 -- bin/bench -out $(CURDIR)/bench/results.json $(if $(filter-out .,$(RUN)),-only $(RUN))
 
 .PHONY: demo
 demo: ## run a container in a virtual machine, from nothing

@@ -56,13 +56,24 @@ type bench struct {
 	top    string // the checkout
 	state  string // scratch directory, short
 	runs   int
+	groups []string // to measure
 	report Report
+}
+
+// known are the groups, and then what can be had alone of them.
+var known = []string{"machine", "container", "pod", "pod/start", "pod/memory", "pod/network", "pod/nginx", "pod/files"}
+
+// wants says whether a group is to be measured, or a part of it.
+func (b *bench) wants(group, part string) bool {
+	return slices.ContainsFunc(b.groups, func(g string) bool {
+		return g == group || strings.HasPrefix(g, group+"/") && (part == "" || g == group+"/"+part)
+	})
 }
 
 func main() {
 	out := flag.String("out", "", "file for the JSON report")
 	runs := flag.Int("runs", 5, "how often each start is measured")
-	only := flag.String("only", "machine,container,pod", "groups to measure")
+	only := flag.String("only", strings.Join(known[:3], ","), "of "+strings.Join(known, ","))
 	flag.Parse()
 	if err := run(*out, *runs, strings.Split(*only, ",")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -86,14 +97,19 @@ func run(out string, runs int, groups []string) error {
 	if err := os.Setenv("PATH", filepath.Join(cache(), "tools/bin")+":"+os.Getenv("PATH")); err != nil {
 		return err
 	}
-	b := &bench{top: top, state: state, runs: runs, report: Report{Machine: describeMachine()}}
+	b := &bench{top: top, state: state, runs: runs, groups: groups, report: Report{Machine: describeMachine()}}
+	for _, g := range groups {
+		if !slices.Contains(known, g) {
+			return fmt.Errorf("there is no group %q: there are %s", g, strings.Join(known, ", "))
+		}
+	}
 	// What was measured before something failed is kept and shown all the same.
 	var failed error
 	for _, g := range []struct {
 		name    string
 		measure func() error
 	}{{"machine", b.machines}, {"container", b.containers}, {"pod", b.pods}} {
-		if !slices.Contains(groups, g.name) {
+		if !b.wants(g.name, "") {
 			continue
 		}
 		if err := g.measure(); err != nil {
