@@ -20,7 +20,7 @@ type hostState map[string]int
 
 func (s hostState) add(kind, name string) { s[kind+" "+name]++ }
 
-// host looks at everything: the descendants of the supervisor and their network namespaces, and all mounts, cgroups, named
+// host looks at everything: the descendants of the supervisor and their namespaces, and all mounts, cgroups, named
 // sockets, network links with their traffic control, loop devices and state files of the machine.
 func (n *Node) host() (hostState, error) {
 	s := hostState{}

@@ -3,7 +3,8 @@ package node
 import (
 	"fmt"
 	"os"
-	"strings"
+	"path/filepath"
+	"regexp"
 
 	"github.com/vishvananda/netlink"
 )
@@ -37,21 +38,21 @@ func (s hostState) links() error {
 	return nil
 }
 
-// namespaces adds the network namespaces that a process is in or keeps by a descriptor. Those that are kept by a mount are
-// among the mounts.
+// namespace is how /proc shows one, namespaces(7).
+var namespace = regexp.MustCompile(`^(cgroup|ipc|mnt|net|pid|time|user|uts):\[[0-9]+\]$`)
+
+// namespaces adds those of all kinds that a process is in or keeps by a descriptor. Those that are kept by a mount are among the
+// mounts.
 func (s hostState) namespaces(pid int) {
-	add := func(path string) {
-		if target, err := os.Readlink(path); err == nil && strings.HasPrefix(target, "net:[") {
-			s["namespace "+target] = 1 // by how many is no matter
+	for _, dir := range []string{"ns", "fd"} {
+		links, err := filepath.Glob(fmt.Sprintf("/proc/%d/%s/*", pid, dir))
+		if err != nil {
+			continue
 		}
-	}
-	process := fmt.Sprintf("/proc/%d/", pid)
-	add(process + "ns/net")
-	descriptors, err := os.ReadDir(process + "fd")
-	if err != nil {
-		return // it has ended
-	}
-	for _, d := range descriptors {
-		add(process + "fd/" + d.Name())
+		for _, link := range links {
+			if target, err := os.Readlink(link); err == nil && namespace.MatchString(target) {
+				s["namespace "+target] = 1 // by how many is no matter
+			}
+		}
 	}
 }
