@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
 	"github.com/microvm-runtime/microvm/pkg/shim/agenttest"
 )
@@ -234,6 +235,8 @@ func FuzzReplies(f *testing.F) {
 	f.Add(frame(1, 3, 1, []byte("x")))
 	f.Add(append(frame(3, 2, 0, nil), 0xff))
 	f.Fuzz(func(t *testing.T, data []byte) {
+		// ttrpc makes room for a message that was announced, of at most 4 MiB.
+		defer alloctest.Limit(t, 16<<20)()
 		ours, guest, err := socktest.New()
 		if err != nil {
 			t.Fatal(err)
@@ -257,6 +260,7 @@ func FuzzReplies(f *testing.F) {
 func FuzzStats(f *testing.F) {
 	f.Add([]byte{0x0a, 2, 8, 1})
 	f.Fuzz(func(t *testing.T, value []byte) {
+		defer alloctest.Limit(t, 4<<20+64*uint64(len(value)))()
 		m, err := checkStats(stats(t, "io.containerd.cgroups.v2.Metrics", value))
 		if err != nil {
 			return

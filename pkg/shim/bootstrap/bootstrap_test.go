@@ -14,6 +14,8 @@ import (
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 )
 
 func marshal(t testing.TB, m proto.Message) []byte {
@@ -230,6 +232,7 @@ func FuzzStdin(f *testing.F) {
 		f.Add(marshal(f, &anypb.Any{TypeUrl: "containerd.runc.v1.Options", Value: []byte{0xff}}), legacy)
 	}
 	f.Fuzz(func(t *testing.T, stdin []byte, legacy bool) {
+		defer alloctest.Limit(t, 4<<20+64*uint64(len(stdin)))()
 		args := bootstrapArgs
 		if legacy {
 			args = legacyArgs

@@ -6,6 +6,7 @@ import (
 	"io"
 	"testing"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/boot/boottest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
 )
@@ -122,6 +123,7 @@ func FuzzLoadKernel(f *testing.F) {
 	f.Add([]byte("\x7fELF\x02\x01\x01"))
 	f.Fuzz(func(t *testing.T, file []byte) {
 		mem, b := newMemory(t)
+		defer alloctest.Limit(t, 1<<20)()
 		kernel, err := LoadKernel(bytes.NewReader(file), mem, testLowest)
 		if err == nil && (kernel.Entry < testLowest || kernel.Entry >= kernel.End || kernel.End > testMemSize) {
 			t.Errorf("accepted kernel %+v", kernel)

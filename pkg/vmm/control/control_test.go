@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 )
 
 // The VMM of these tests is the test binary itself: vmmBinary makes a script
@@ -436,6 +438,7 @@ func FuzzReceive(f *testing.F) {
 	}
 	buf, oob := scratch()
 	f.Fuzz(func(t *testing.T, packet []byte, n uint8) {
+		defer alloctest.Limit(t, 4<<20)()
 		if len(packet) == 0 || len(packet) > maxMessage {
 			return
 		}

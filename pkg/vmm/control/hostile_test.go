@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 )
 
 // hostileVMM is the shim's end of a VMM that a guest has taken over, and that
@@ -95,6 +97,7 @@ func FuzzVMM(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, script []byte) {
+		defer alloctest.Limit(t, 32<<20)() // each end has buffers of its own
 		before := descriptors(t)
 		v, theirs, read := hostileVMM(t)
 		ctx, cancel := context.WithCancel(t.Context())

@@ -5,10 +5,11 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
-	"runtime/metrics"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 )
 
 // Usage is what the process used of the host when it was measured.
@@ -23,7 +24,7 @@ type Usage struct {
 // Measure notes what is used now.
 func Measure(t testing.TB) *Usage {
 	t.Helper()
-	return &Usage{t: t, goroutines: runtime.NumGoroutine(), descriptors: entries(t, "/proc/self/fd"), threads: entries(t, "/proc/self/task"), allocated: allocated()}
+	return &Usage{t: t, goroutines: runtime.NumGoroutine(), descriptors: entries(t, "/proc/self/fd"), threads: entries(t, "/proc/self/task"), allocated: alloctest.Bytes()}
 }
 
 func entries(t testing.TB, dir string) int {
@@ -35,17 +36,11 @@ func entries(t testing.TB, dir string) int {
 	return len(names)
 }
 
-func allocated() uint64 {
-	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
-	metrics.Read(sample)
-	return sample[0].Value.Uint64()
-}
-
 // Allocated fails the test if more bytes than that were allocated since the
 // measurement, whether they are in use or not.
 func (u *Usage) Allocated(most uint64) {
 	u.t.Helper()
-	if n := allocated() - u.allocated; n > most {
+	if n := alloctest.Bytes() - u.allocated; n > most {
 		u.t.Errorf("%d bytes were allocated, at most %d are fine", n, most)
 	}
 }

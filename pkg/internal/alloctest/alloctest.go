@@ -1,0 +1,28 @@
+// Package alloctest bounds what tests may allocate: what a guest claims of a
+// length must not make a parser allocate as much.
+package alloctest
+
+import (
+	"runtime/metrics"
+	"testing"
+)
+
+// Bytes is what the process has allocated on its heap since it began, whether it
+// is in use or not.
+func Bytes() uint64 {
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(sample)
+	return sample[0].Value.Uint64()
+}
+
+// Limit returns a function that fails the test if the process has allocated more
+// bytes than that in between.
+func Limit(t testing.TB, most uint64) (check func()) {
+	before := Bytes()
+	return func() {
+		t.Helper()
+		if n := Bytes() - before; n > most {
+			t.Errorf("%d bytes were allocated, at most %d are fine", n, most)
+		}
+	}
+}
