@@ -26,6 +26,7 @@ host_promises() {
 		pkg/vmm/jail TestJail/paths/with_Landlock TestJail/paths/without_Landlock
 		= Its memory cannot be read by others of its user, and is in no dump
 		cmd/microvm-vmm TestJail/process
+		pkg/vmm/virtio/fs/passthrough TestIDsLeaveNoDump
 		= Its threads, descriptors and message queues are limited, and user 0 means nothing to it
 		cmd/microvm-vmm TestJail/process
 		pkg/vmm/jail TestJail/confined

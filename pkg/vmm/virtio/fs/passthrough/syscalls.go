@@ -48,6 +48,10 @@ func Syscalls() []seccomp.Rule {
 	for _, command := range []uint32{unix.F_DUPFD_CLOEXEC, unix.F_OFD_SETLK, unix.F_OFD_GETLK} {
 		rules = append(rules, seccomp.Rule{Call: unix.SYS_FCNTL, Args: []seccomp.Arg{seccomp.Int(1, command)}})
 	}
+	// After a change of ids; never the other way.
+	rules = append(rules, seccomp.Rule{Call: unix.SYS_PRCTL, Args: []seccomp.Arg{
+		seccomp.Int(0, unix.PR_SET_DUMPABLE), {Index: 1, Mask: 0xffffffffffffffff, Value: 0},
+	}})
 	// A thread with an umask and a working directory of its own, and nothing else.
 	return append(rules, seccomp.Rule{
 		Call: unix.SYS_UNSHARE,

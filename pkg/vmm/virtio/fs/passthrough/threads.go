@@ -49,10 +49,7 @@ func (t *threads) grow() error {
 		return nil
 	}
 	ready := make(chan error)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, because no other
-		// may run on it.
-		runtime.LockOSThread()
+	goOnThread(func() {
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			ready <- fmt.Errorf("unshare(CLONE_FS): %w", err)
 			return
@@ -66,12 +63,35 @@ func (t *threads) grow() error {
 		for job := range t.jobs {
 			job(th)
 		}
-	}()
+	})
 	if err := <-ready; err != nil {
 		return err
 	}
 	t.started++
 	return nil
+}
+
+// goOnThread runs f in a goroutine that is locked to its thread, for good: the
+// thread ends with it, because no other may run there. It is never the process's
+// first thread, which does not end, and has what `as` would take from it: the signal
+// that the process gets when the shim dies, PR_SET_PDEATHSIG.
+func goOnThread(f func()) {
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() != unix.Getpid() {
+			f()
+			return
+		}
+		// Another goroutine gets another thread, as long as this one is locked.
+		elsewhere := make(chan struct{})
+		go func() {
+			runtime.LockOSThread()
+			close(elsewhere)
+			f()
+		}()
+		<-elsewhere
+		runtime.UnlockOSThread()
+	}()
 }
 
 // do runs f on one of the threads and waits for it.
@@ -106,12 +126,19 @@ func (t *threads) as(uid, gid uint32, umask uint32, f func() error) (errno unix.
 		th.setUmask(umask)
 		ownGID, _ := unix.SetfsgidRetGid(int(gid)) // they fail by doing nothing
 		ownUID, _ := unix.SetfsuidRetUid(int(uid))
+		notDumpable()
 		errno = retry(f)
 		unix.SetfsuidRetUid(ownUID)
 		unix.SetfsgidRetGid(ownGID)
+		notDumpable()
 	})
 	return errno
 }
+
+// notDumpable follows a change of ids, which makes the process as dumpable as
+// fs.suid_dumpable says, see commit_creds in kernel/cred.c: with systemd-coredump
+// its memory could be dumped. It cannot fail.
+func notDumpable() { _ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
 
 // close ends the threads. No do may follow or be under way.
 func (t *threads) close() { close(t.jobs) }
