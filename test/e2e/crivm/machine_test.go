@@ -52,6 +52,18 @@ func TestHostNamespacesRefused(t *testing.T) {
 	}
 }
 
+// Devices of the host that a guest's kernel has not are refused, in words that name them.
+func TestHostDeviceRefused(t *testing.T) {
+	p := pods.For(t).Pod(t)
+	c, err := p.TryCreate(t, pods.Device("/dev/kvm", "/dev/kvm", "rw"))
+	if err == nil {
+		err = c.TryStart(t)
+	}
+	if err == nil || !strings.Contains(err.Error(), "/dev/kvm") {
+		t.Errorf("want an error about /dev/kvm: %v", err)
+	}
+}
+
 // A privileged pod has all rights over its own kernel and none over the host's.
 func TestPrivilegedInTheGuestOnly(t *testing.T) {
 	n := pods.For(t)
@@ -70,16 +82,60 @@ func TestPrivilegedInTheGuestOnly(t *testing.T) {
 	c.Get(t, "[ ! -e /dev/kvm ]")
 }
 
-// The pod's machine is in the pod's cgroup, as the host sees it, and ps shows whose it is.
+// The pod's machine and its shim are in the pod's cgroup, in every hierarchy that has controllers, as the host sees it, and ps
+// shows whose the machine is.
 func TestMachineIsInThePodsCgroup(t *testing.T) {
 	n := pods.For(t)
+	shims := n.Processes(shim)
 	p, pid := only(t, n, vmm, func() *pods.Pod { return n.Pod(t) })
-	if got := hostFile(t, fmt.Sprintf("/proc/%d/cgroup", pid)); !strings.Contains(got, p.Config().Linux.CgroupParent+"/") {
-		t.Errorf("the VMM's cgroups: %s", got)
+	both := append(processes(n, shim, shims), pid)
+	if len(both) != 2 {
+		t.Fatalf("want one shim and one VMM: %v", both)
+	}
+	for _, pid := range both {
+		cgroups := hostFile(t, fmt.Sprintf("/proc/%d/cgroup", pid))
+		for line := range strings.Lines(cgroups) {
+			// cgroups(7): "hierarchy:controllers:path". Version 2 has number 0, and no controllers where version 1 has them.
+			f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+			if len(f) != 3 {
+				t.Fatalf("/proc/%d/cgroup: %q", pid, line)
+			}
+			if f[0] == "0" && strings.Contains(cgroups, "\n") {
+				continue
+			}
+			if !strings.Contains(f[2], p.Config().Linux.CgroupParent+"/") {
+				t.Errorf("process %d is not in the pod's cgroup: %s", pid, line)
+			}
+		}
 	}
 	metadata := p.Config().Metadata
 	if got, want := n.Processes(vmm)[pid], fmt.Sprintf(" %s/%s %s", metadata.Namespace, metadata.Name, p.ID); !strings.HasSuffix(got, want) {
 		t.Errorf("ps shows %q, without %q", got, want)
+	}
+}
+
+// What a pod takes of memory is more than what its containers take: the guest's kernel, the VMM and the shim are in it.
+func TestPodStatsHaveTheMachine(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	for range 2 {
+		p.Run(t, pods.Shell("head -c 10000000 /dev/zero >$(mktemp /dev/shm/XXXXXX); sleep 1000"))
+	}
+	var s *cri.PodSandboxStats
+	var sum uint64
+	node.Until(t, "memory in use shows", func() bool {
+		r, err := n.CRI.PodSandboxStats(n.Context(t), &cri.PodSandboxStatsRequest{PodSandboxId: p.ID})
+		if err != nil {
+			t.Fatalf("stats of the pod: %v", err)
+		}
+		s, sum = r.Stats, 0
+		for _, c := range s.Linux.Containers {
+			sum += c.GetMemory().GetUsageBytes().GetValue()
+		}
+		return sum >= 20_000_000
+	})
+	if m := s.Linux.Memory; m.GetUsageBytes().GetValue() < sum+20<<20 || m.GetWorkingSetBytes().GetValue() < sum {
+		t.Errorf("memory of the pod: %v; of its containers: %d", m, sum)
 	}
 }
 
@@ -104,6 +160,10 @@ func TestSizeOfPod(t *testing.T) {
 	}
 	if got := c.Get(t, "nproc"); got != "2" {
 		t.Errorf("nproc says %s", got)
+	}
+	// Each processor has a queue of its own.
+	if got := c.Get(t, "ls /sys/class/net/eth0/queues | grep -c rx-"); got != "2" {
+		t.Errorf("the NIC has %s receive queues", got)
 	}
 }
 
@@ -131,6 +191,25 @@ func TestMachineGrowsAndShrinks(t *testing.T) {
 	if now := limit(); memTotal(t, c) < 3072 || now <= before {
 		t.Errorf("MemTotal is %d MiB, the limit of TCP is %d pages, before it was %d", memTotal(t, c), now, before)
 	}
+}
+
+// A container that comes later brings what it may use, for those that are there to see, and takes it along when it goes. A limit of
+// processor time alone makes no small machine.
+func TestMachineFollowsItsContainers(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	first := p.Run(t, pods.Resources(&cri.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 50000}))
+	small := memTotal(t, first)
+	if got := first.Get(t, "nproc"); small <= 400 || small >= 1024 || got != "1" {
+		t.Errorf("with a limit of processor time alone, MemTotal is %d MiB and nproc says %s", small, got)
+	}
+	second := p.Run(t, pods.Resources(&cri.LinuxContainerResources{MemoryLimitInBytes: 1 << 30, CpuPeriod: 100000, CpuQuota: 150000}))
+	if got := first.Get(t, "nproc"); memTotal(t, first) < 1024 || got != "2" {
+		t.Errorf("with a second container, MemTotal is %d MiB and nproc says %s", memTotal(t, first), got)
+	}
+	second.Stop(t, 0)
+	second.Remove(t)
+	node.Until(t, "the machine has shrunk", func() bool { return memTotal(t, first) <= small+64 && first.Get(t, "nproc") == "1" })
 }
 
 // The guest's kernel panics: only a privileged container can do that to its own machine.
