@@ -40,8 +40,13 @@ shift || :
 for package; do
 	CGO_ENABLED=0 go test -c -tags e2e -o "bin/e2e-$package.test" "./test/e2e/$package"
 	mapfile -t names < <(cd "test/e2e/$package" && "$REPO/bin/e2e-$package.test" -test.list "$pattern" | grep '^Test')
-	for ((i = 0; i < ${#names[@]}; i += GROUP)); do
-		run_group "$package: ${names[*]:i:GROUP}" tests "$package" "${names[@]:i:GROUP}"
+	group=()
+	for name in "${names[@]}"; do
+		# It fills a machine by itself.
+		[[ $name != *AtOnce ]] || { run_group "$package: $name" tests "$package" "$name"; continue; }
+		group+=("$name")
+		[ ${#group[@]} -lt "$GROUP" ] || { run_group "$package: ${group[*]}" tests "$package" "${group[@]}"; group=(); }
 	done
+	[ ${#group[@]} = 0 ] || run_group "$package: ${group[*]}" tests "$package" "${group[@]}"
 done
 summary
