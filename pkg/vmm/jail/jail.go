@@ -6,6 +6,7 @@
 // What Start gives the process, which has it from its first instruction on:
 //
 //   - a user and a group id that no other process has, no other groups;
+//   - no descriptor but those that it is given;
 //   - namespaces of its own: mount, pid, ipc, uts, cgroup and an empty network;
 //   - no-new-privileges, an empty capability bounding set, and secure bits, locked,
 //     that take the meaning of user 0 away;

@@ -24,7 +24,8 @@ const secureBits = 1<<0 | 1<<1 | // SECBIT_NOROOT, locked
 //
 // The calling goroutine must be locked to its thread and must never unlock it: the
 // thread gives up what the process is not to have, and is of no use for anything
-// but waiting for it. The process is killed when the thread ends.
+// but waiting for it. The process is killed when the thread ends. All descriptors of
+// the caller's are close-on-exec from then on.
 func Start(cmd *exec.Cmd, id uint32) error {
 	if id == 0 || id == ^uint32(0) {
 		return fmt.Errorf("jail: %d is no user id for it", id)
