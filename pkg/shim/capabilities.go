@@ -1,7 +1,6 @@
 package shim
 
 import (
-	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -34,29 +33,9 @@ var shimCapabilities = slices.Concat(jail.Capabilities, []uintptr{
 // cannot have them back.
 func limitCapabilities() error {
 	runtime.LockOSThread()
-	for c := uintptr(0); ; c++ {
-		if slices.Contains(shimCapabilities, c) {
-			continue
-		}
-		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
-		if errors.Is(err, unix.EINVAL) && c > slices.Max(shimCapabilities) {
-			break // the kernel knows no more
-		}
-		if err != nil {
-			return fmt.Errorf("give capabilities up: PR_CAPBSET_DROP %d: %w", c, err)
-		}
-	}
-	// execve(2) adds what is inheritable to the bounding set.
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&header, &data[0]); err != nil {
-		return fmt.Errorf("give capabilities up: capget: %w", err)
-	}
-	for i := range data {
-		data[i].Inheritable = 0
-	}
-	if err := unix.Capset(&header, &data[0]); err != nil {
-		return fmt.Errorf("give capabilities up: capset: %w", err)
+	// execve(2) would add what is inheritable to the bounding set.
+	if err := jail.LimitCapabilities(nil, shimCapabilities); err != nil {
+		return fmt.Errorf("give capabilities up: %w", err)
 	}
 	return nil
 }

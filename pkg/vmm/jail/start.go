@@ -6,6 +6,7 @@ import (
 	"math"
 	"os/exec"
 	"runtime"
+	"slices"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -56,12 +57,26 @@ func limitThread(capabilities []uintptr) error {
 		return fmt.Errorf("PR_SET_NO_NEW_PRIVS: %w", err)
 	}
 	// What is inheritable can be made ambient with an empty bounding set too.
+	if err := LimitCapabilities(capabilities, nil); err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_SECUREBITS, secureBits, 0, 0, 0); err != nil {
+		return fmt.Errorf("PR_SET_SECUREBITS: %w", err)
+	}
+	return nil
+}
+
+// LimitCapabilities sets this thread's inheritable capabilities, and takes all but
+// those of bounding from its bounding set. What it can do itself is not changed,
+// but what it starts, and their descendants, get no other ones. The caller is locked
+// to its thread, whose bounding set cannot grow again.
+func LimitCapabilities(inheritable, bounding []uintptr) error {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&header, &data[0]); err != nil {
 		return fmt.Errorf("capget: %w", err)
 	}
-	for i, half := range capabilityMask(capabilities) {
+	for i, half := range capabilityMask(inheritable) {
 		if missing := half &^ data[i].Permitted; missing != 0 {
 			return fmt.Errorf("the shim lacks capabilities that the jail is made with: bits %#x of %d to %d", missing, 32*i, 32*i+31)
 		}
@@ -71,16 +86,15 @@ func limitThread(capabilities []uintptr) error {
 		return fmt.Errorf("capset: %w", err)
 	}
 	for c := uintptr(0); ; c++ {
+		if slices.Contains(bounding, c) {
+			continue
+		}
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
 		if errors.Is(err, unix.EINVAL) && c > unix.CAP_SETFCAP {
-			break // the kernel knows no more
+			return nil // the kernel knows no more
 		}
 		if err != nil {
 			return fmt.Errorf("PR_CAPBSET_DROP %d: %w", c, err)
 		}
 	}
-	if err := unix.Prctl(unix.PR_SET_SECUREBITS, secureBits, 0, 0, 0); err != nil {
-		return fmt.Errorf("PR_SET_SECUREBITS: %w", err)
-	}
-	return nil
 }

@@ -63,8 +63,8 @@ func TestFullPod(t *testing.T) {
 	resources := pods.Resources(&cri.LinuxContainerResources{MemoryLimitInBytes: limit << 20})
 	c := p.Run(t, resources, pods.Shell("dd if=/dev/zero bs="+strconv.Itoa(anonymous)+"M count=1 2>/dev/null | sleep 1000000"))
 	node.Until(t, "the container has its memory", func() bool { return value(t, filepath.Join(cgroup, "memory.stat"), "anon") > anonymous<<20 })
-	// More of the file than there is room for in the container's caches.
-	c.Get(t, "dd if=/dev/zero of=/file bs=1M count=128 2>/dev/null && for i in 1 2; do cat /file >/dev/null; done")
+	// More of a file than there is room for in the container's caches.
+	c.Get(t, "dd if=/dev/zero of=/file bs=1M count=80 2>/dev/null && cat /file >/dev/null")
 	if !ready(t, p) || c.Status(t).State != cri.ContainerState_CONTAINER_RUNNING {
 		t.Errorf("the pod is %v, the container %v", p.Status(t).State, c.Status(t).State)
 	}
