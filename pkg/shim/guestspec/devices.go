@@ -60,7 +60,7 @@ func devices(r *Result, in Input) error {
 				in.ID, d.Path, d.Type, d.Major, d.Minor)
 		}
 	}
-	r.AllDevices = all && len(kept) < len(linux.Devices)
+	r.AllDevices = all
 	for _, d := range r.bound {
 		// A mount would be on top of a device of that name.
 		kept = slices.DeleteFunc(kept, func(other specs.LinuxDevice) bool { return filepath.Clean(other.Path) == d.Path })

@@ -411,6 +411,12 @@ func TestDevices(t *testing.T) {
 	if !reflect.DeepEqual(r.Spec.Linux.Devices, []specs.LinuxDevice{null}) || len(r.Remarks) != 2 || !r.AllDevices {
 		t.Errorf("privileged: devices %v, remarks %q, all %v", r.Spec.Linux.Devices, r.Remarks, r.AllDevices)
 	}
+	// As with privileged_without_host_devices of containerd's CRI.
+	spec = base()
+	spec.Linux.Resources = &specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}}
+	if r := rewrite(t, spec, first); len(r.Spec.Linux.Devices) > 0 || !r.AllDevices {
+		t.Errorf("privileged, without the host's devices: %v, all %v", r.Spec.Linux.Devices, r.AllDevices)
+	}
 }
 
 func TestDisks(t *testing.T) {

@@ -80,6 +80,7 @@ func TestPrivilegedInTheGuestOnly(t *testing.T) {
 		t.Errorf("the host's setting has changed from %s to %s", before, after)
 	}
 	c.Get(t, "[ ! -e /dev/kvm ]")
+	c.Get(t, ": <>/dev/net/tun && [ -b /dev/pmem0 ] && head -c 1 /dev/pmem0") // the guest's image, which it may read
 }
 
 // The pod's machine and its shim are in the pod's cgroup, in every hierarchy that has controllers, as the host sees it, and ps
