@@ -39,8 +39,8 @@ var guestDevices = map[[2]int64]bool{
 
 // devices: a block device becomes a disk of the guest's. Of other devices there
 // are those that the guest has. A container that may use all devices gets those
-// of the guest, and only the disks that it asks for by name: its specification
-// lists whatever the host has.
+// of the guest, whether its specification lists what the host has or nothing, and
+// only the disks that it asks for by name.
 func devices(r *Result, in Input) error {
 	linux := r.Spec.Linux
 	all := allDevicesAllowed(linux.Resources)
