@@ -113,7 +113,7 @@ type number struct {
 func TestCrictlStats(t *testing.T) {
 	n := pods.For(t)
 	p := n.Pod(t)
-	c := p.Run(t, pods.Shell("head -c 30000000 /dev/zero >/dev/shm/ballast; sleep 1001 & sleep 1002 & touch /up; wait"))
+	c := p.Run(t, pods.Shell("head -c 30000000 /dev/zero >/dev/shm/ballast; sleep 1001 & sleep 1002 & head -c 100000 /dev/zero >/written; touch /up; wait"))
 	node.Until(t, "the container is up", func() bool { return c.Shell(t, "[ -e /up ]").Code == 0 })
 	crictl := func(into any, args ...string) {
 		t.Helper()
@@ -139,7 +139,7 @@ func TestCrictlStats(t *testing.T) {
 		if len(container.Stats) != 1 {
 			t.Fatalf("crictl stats: %+v", container)
 		}
-		return container.Stats[0].WritableLayer.UsedBytes.Value > 0
+		return container.Stats[0].WritableLayer.UsedBytes.Value >= 100_000
 	})
 	s := container.Stats[0]
 	if s.Attributes.ID != c.ID || s.Attributes.Metadata.Name != "c1" || s.CPU.UsageCoreNanoSeconds.Value == 0 ||
