@@ -38,9 +38,11 @@ type source struct {
 // Other mounts have none. The caller closes the files, on an error as well.
 func (t *Tree) openSources(mounts []guestspec.Mount) ([]source, error) {
 	list := make([]source, len(mounts))
+	if !slices.ContainsFunc(mounts, func(m guestspec.Mount) bool { return m.Type == "" }) {
+		return list, nil
+	}
 	err := t.OnHost(func() error {
-		var stats = make([]unix.Statx_t, len(mounts))
-		var paths = make([]string, len(mounts))
+		stats, paths := make([]unix.Statx_t, len(mounts)), make([]string, len(mounts))
 		for i, m := range mounts {
 			if m.Type != "" {
 				continue
