@@ -162,7 +162,7 @@ e2e-ci: guest tools images
 
 .PHONY: e2e-cri-ci
 e2e-cri-ci: guest pod-tools
-	hack/e2e.sh '^Test(PodLifecycle|SeveralContainers|PortForward|PodToPod)$$' cri
+	hack/e2e.sh '^Test(PodLifecycle|SeveralContainers|PortForward|PodToPod|SocketOnVolume)$$' cri
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (10s), or those that RUN matches, a line for each
