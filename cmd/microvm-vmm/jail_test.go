@@ -22,23 +22,12 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
 	"github.com/microvm-runtime/microvm/pkg/shim/share"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail/jailtest"
 )
 
 // The tests mount in a mount namespace of their own.
 func TestMain(m *testing.M) {
-	const inNamespace = "MICROVM_TEST_MOUNT_NAMESPACE"
-	if os.Getenv(inNamespace) == "" {
-		runtime.LockOSThread()
-		err := unix.Unshare(unix.CLONE_NEWNS)
-		if err == nil {
-			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
-		}
-		if err == nil {
-			err = unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), inNamespace+"=1"))
-		}
-		fmt.Fprintln(os.Stderr, "cannot run the tests (they need root):", err)
-		os.Exit(1)
-	}
+	jailtest.EnterNamespace()
 	if order := os.Getenv(injectEnv); order != "" {
 		var tid int
 		var call uint64

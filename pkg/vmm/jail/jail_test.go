@@ -13,14 +13,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/vmm/jail/jailtest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/seccomp"
 )
 
 // What a child is told by its environment.
 const (
-	inNamespace = "MICROVM_TEST_MOUNT_NAMESPACE"
-	childEnv    = "MICROVM_TEST_JAIL"   // which of children to be
-	withoutEnv  = "MICROVM_TEST_ENOSYS" // the number of a system call that this kernel shall not have
+	childEnv   = "MICROVM_TEST_JAIL"   // which of children to be
+	withoutEnv = "MICROVM_TEST_ENOSYS" // the number of a system call that this kernel shall not have
 )
 
 // children run in a jail, or on the way to it. What they print is looked at.
@@ -39,18 +39,7 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	if os.Getenv(inNamespace) == "" {
-		runtime.LockOSThread()
-		err := unix.Unshare(unix.CLONE_NEWNS)
-		if err == nil {
-			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
-		}
-		if err == nil {
-			err = unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), inNamespace+"=1"))
-		}
-		fmt.Fprintln(os.Stderr, "cannot run the tests (they need root):", err)
-		os.Exit(1)
-	}
+	jailtest.EnterNamespace()
 	os.Exit(m.Run())
 }
 
