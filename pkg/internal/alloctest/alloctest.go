@@ -7,9 +7,9 @@ import (
 	"testing"
 )
 
-// Bytes is what the process has allocated on its heap since it began, whether it
-// is in use or not.
-func Bytes() uint64 {
+// allocated is how many bytes the process has allocated on its heap since it began,
+// whether they are in use or not.
+func allocated() uint64 {
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	metrics.Read(sample)
 	return sample[0].Value.Uint64()
@@ -18,10 +18,10 @@ func Bytes() uint64 {
 // Limit returns a function that fails the test if the process has allocated more
 // bytes than that in between.
 func Limit(t testing.TB, most uint64) (check func()) {
-	before := Bytes()
+	before := allocated()
 	return func() {
 		t.Helper()
-		if n := Bytes() - before; n > most {
+		if n := allocated() - before; n > most {
 			t.Errorf("%d bytes were allocated, at most %d are fine", n, most)
 		}
 	}

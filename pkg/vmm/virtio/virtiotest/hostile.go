@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/eventfd"
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
@@ -377,9 +378,9 @@ func TestHostile(t *testing.T, victim *Victim) {
 		}
 		rnd := rand.New(rand.NewPCG(1, 2)) // #nosec G404 -- likewise
 		for round := range 60 {
-			before := Measure(t)
+			check := alloctest.Limit(t, hostileBytes)
 			h.run(h.randomScript(rnd))
-			before.Allocated(hostileBytes)
+			check()
 			if round%10 == 0 {
 				victim.Works(t, other)
 			}
@@ -461,8 +462,7 @@ func FuzzHostile(f *testing.F, victim *Victim) {
 	}
 	f.Fuzz(func(t *testing.T, script []byte) {
 		h := newHostile(t, victim, victim.New(t, slog.New(slog.DiscardHandler)))
-		usage := Measure(t)
+		defer alloctest.Limit(t, hostileBytes)()
 		h.run(script)
-		usage.Allocated(hostileBytes)
 	})
 }

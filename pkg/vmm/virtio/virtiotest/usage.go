@@ -8,8 +8,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 )
 
 // Usage is what the process used of the host when it was measured.
@@ -18,13 +16,12 @@ type Usage struct {
 	goroutines  int
 	descriptors int
 	threads     int
-	allocated   uint64 // bytes, since the process began
 }
 
 // Measure notes what is used now.
 func Measure(t testing.TB) *Usage {
 	t.Helper()
-	return &Usage{t: t, goroutines: runtime.NumGoroutine(), descriptors: entries(t, "/proc/self/fd"), threads: entries(t, "/proc/self/task"), allocated: alloctest.Bytes()}
+	return &Usage{t: t, goroutines: runtime.NumGoroutine(), descriptors: entries(t, "/proc/self/fd"), threads: entries(t, "/proc/self/task")}
 }
 
 func entries(t testing.TB, dir string) int {
@@ -34,15 +31,6 @@ func entries(t testing.TB, dir string) int {
 		t.Fatal(err)
 	}
 	return len(names)
-}
-
-// Allocated fails the test if more bytes than that were allocated since the
-// measurement, whether they are in use or not.
-func (u *Usage) Allocated(most uint64) {
-	u.t.Helper()
-	if n := alloctest.Bytes() - u.allocated; n > most {
-		u.t.Errorf("%d bytes were allocated, at most %d are fine", n, most)
-	}
 }
 
 // moreThreads is how many threads may stay: Go ends none, and each of a

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse/fusetest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiotest"
@@ -199,7 +200,7 @@ func seeds() (all [][]byte) {
 func play(t *testing.T, input []byte) map[fuse.Opcode]bool {
 	tr := newTrap(t)
 	fz := &fuzzer{trap: tr, input: input, nodes: []uint64{root}, succeeded: map[fuse.Opcode]bool{}}
-	usage := virtiotest.Measure(t)
+	checkAllocated := alloctest.Limit(t, 8<<20)
 	for range 64 {
 		if len(fz.input) == 0 {
 			break
@@ -216,7 +217,7 @@ func play(t *testing.T, input []byte) map[fuse.Opcode]bool {
 			}
 		}
 	}
-	usage.Allocated(8 << 20)
+	checkAllocated()
 	tr.check()
 	tr.server.Reset()
 	if n := tr.server.inodes.open; n != 1 {
