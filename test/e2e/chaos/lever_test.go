@@ -7,8 +7,6 @@ import (
 	"path/filepath"
 	"testing"
 
-	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
-
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 	"github.com/microvm-runtime/microvm/test/e2e/internal/pods"
 )
@@ -36,9 +34,7 @@ func newFreezer(t *testing.T) *lever {
 func (l *lever) attach(t *testing.T, p *pods.Pod) *pods.Container {
 	t.Helper()
 	// %P is the number of the dumping process in the first pid namespace: core(5).
-	return p.Run(t, pods.Mount(l.dir, "/lever"), pods.Security(func(s *cri.LinuxContainerSecurityContext) {
-		*s = cri.LinuxContainerSecurityContext{NamespaceOptions: s.NamespaceOptions, Privileged: true}
-	}), pods.Shell(`
+	return p.Run(t, pods.Mount(l.dir, "/lever"), pods.Privileged, pods.Shell(`
 		cat >/act <<'X'
 		B=/proc/$1/root/bin/busybox
 		`+l.act+`

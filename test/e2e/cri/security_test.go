@@ -235,9 +235,7 @@ func TestDevices(t *testing.T) {
 func TestPrivileged(t *testing.T) {
 	n := pods.For(t)
 	p := n.Pod(t, pods.PrivilegedPod)
-	c := p.Run(t, pods.Security(func(s *securityContext) {
-		*s = securityContext{NamespaceOptions: s.NamespaceOptions, Privileged: true}
-	}))
+	c := p.Run(t, pods.Privileged)
 	if got := c.Get(t, "awk '/^CapEff:/ {print $2}' /proc/self/status"); !strings.HasPrefix(got, "00000") || strings.Count(got, "f") < 8 {
 		t.Errorf("capabilities %s", got)
 	}

@@ -118,7 +118,7 @@ func TestBlockDeviceAsHostPath(t *testing.T) {
 	}
 	device := node.LoopDevice(t, file)
 	p := n.Pod(t, pods.PrivilegedPod)
-	privileged := p.Run(t, pods.Mount(device, "/srv/disk"), func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
+	privileged := p.Run(t, pods.Mount(device, "/srv/disk"), pods.Privileged)
 	if got := privileged.Get(t, "[ -b /srv/disk ] && blockdev --getsize64 /srv/disk; echo first | dd of=/srv/disk bs=512 conv=sync,fsync 2>/dev/null"); got != "1048576" {
 		t.Errorf("size %s", got)
 	}

@@ -69,9 +69,7 @@ func TestPrivilegedInTheGuestOnly(t *testing.T) {
 	n := pods.For(t)
 	const sysctl = "/proc/sys/kernel/panic"
 	before := hostFile(t, sysctl)
-	c := n.Pod(t, pods.PrivilegedPod).Run(t, pods.Security(func(s *cri.LinuxContainerSecurityContext) {
-		*s = cri.LinuxContainerSecurityContext{NamespaceOptions: s.NamespaceOptions, Privileged: true}
-	}))
+	c := n.Pod(t, pods.PrivilegedPod).Run(t, pods.Privileged)
 	c.Get(t, "echo 17 >"+sysctl)
 	if got := c.Get(t, "cat "+sysctl); got != "17" {
 		t.Errorf("in the guest: %s", got)
@@ -218,9 +216,7 @@ func TestGuestPanics(t *testing.T) {
 	n := pods.For(t)
 	from := n.LogSize()
 	p := n.Pod(t, pods.PrivilegedPod)
-	c := p.Run(t, pods.Shell("sleep 1; echo c >/proc/sysrq-trigger; sleep 1000"), pods.Security(func(s *cri.LinuxContainerSecurityContext) {
-		*s = cri.LinuxContainerSecurityContext{NamespaceOptions: s.NamespaceOptions, Privileged: true}
-	}))
+	c := p.Run(t, pods.Shell("sleep 1; echo c >/proc/sysrq-trigger; sleep 1000"), pods.Privileged)
 	if code := c.Wait(t); code == 0 {
 		t.Errorf("exit code %d", code)
 	}

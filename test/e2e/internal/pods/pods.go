@@ -284,6 +284,13 @@ func Security(change func(*cri.LinuxContainerSecurityContext)) ContainerOption {
 	return func(c *cri.ContainerConfig) { change(c.Linux.SecurityContext) }
 }
 
+// Privileged makes the container so, in a pod of PrivilegedPod: whatever else its security context has does not apply then.
+func Privileged(c *cri.ContainerConfig) {
+	c.Linux.SecurityContext = &cri.LinuxContainerSecurityContext{
+		NamespaceOptions: c.Linux.SecurityContext.NamespaceOptions, Privileged: true,
+	}
+}
+
 // Resources are the container's limits.
 func Resources(r *cri.LinuxContainerResources) ContainerOption {
 	return func(c *cri.ContainerConfig) { c.Linux.Resources = r }
