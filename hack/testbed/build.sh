@@ -10,7 +10,7 @@ cache=$MICROVM_CACHE/testbed
 # Debian 12's qemu-system-common brings the virtiofsd that machine.sh starts.
 packages qemu-system-common busybox-static kmod cpio zstd xz-utils util-linux iproute2 debian-archive-keyring >&2
 
-key=$(cat "$here"/{build.sh,init,job.sh} "$here"/tsckhz/* | sha256sum | cut -c1-16)
+key=$(cat "$here"/{build.sh,init,job.sh} "$here"/{tsckhz,idlevm}/* | sha256sum | cut -c1-16)
 dir=$cache/machine-$key
 if [ -f "$dir/kernel" ]; then echo "$dir"; exit 0; fi
 lock "$cache/lock"
@@ -48,6 +48,7 @@ mkdir -p "$root"/{bin,proc,sys,dev,host,upper,new,modules}
 cp "$(command -v busybox)" "$root/bin/busybox"
 for a in $("$root/bin/busybox" --list); do [ -e "$root/bin/$a" ] || ln -s busybox "$root/bin/$a"; done
 cp "$here/init" "$here/job.sh" "$root/"
+(cd "$REPO" && CGO_ENABLED=0 go build -trimpath -buildvcs=false -o "$root/" ./hack/testbed/idlevm)
 chmod 755 "$root/init"
 modprobe -d "$pkg" -S "$version" --show-depends -a virtio_pci virtiofs overlay virtio_console virtio-rng kvm-amd loop tun |
 	awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$SCRATCH/modules"

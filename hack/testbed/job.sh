@@ -11,6 +11,7 @@ port() { # the device of a named virtio-serial port
 	done
 }
 result=$(port result)
+./idlevm 2>/dev/console &
 
 # A port's device opens once only, and programs reopen /dev/stderr: so the job writes into pipes and cat feeds the ports.
 $bb mkfifo stdout stderr
