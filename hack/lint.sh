@@ -8,6 +8,10 @@ set -euo pipefail
 STATICCHECK=v0.7.0
 GOSEC=v2.22.8
 GOVULNCHECK=v1.1.4
+# The database of vulnerabilities as a module: for where its own server cannot be reached, and as old as its version says.
+VULNDB=v0.0.0-20261105234957-e22db6528018
+# Known vulnerabilities that do not concern the programs: GO-2026-6604 is os.Root on Windows (fixed in Go 1.26.9).
+VULNERABILITIES_ACCEPTED='GO-2026-6604'
 # What gosec says of every program of this kind: unsafe code (which has its own check here), errors that are not looked at,
 # conversions between integers, paths and programs that are variables, and modes of files that others are to read.
 GOSEC_EXCLUDED=G103,G104,G115,G204,G301,G302,G304
@@ -36,15 +40,28 @@ unsafe_elsewhere() {
 	return 1
 }
 
-# Where the database of vulnerabilities cannot be reached there is nothing to compare with: that is said, and is no failure.
+# Of what the programs of cmd/ link and call: tests bring more along, a client of CRI and gRPC, which nobody is given.
+# Where no database can be had there is nothing to compare with: that is said, and is no failure.
 vulnerabilities() {
-	local output
-	output=$("$govulncheck" ./... 2>&1) && return 0
+	local output rc=0 dir found
+	local scan=("$govulncheck" -tags no_grpc)
+	output=$("${scan[@]}" ./cmd/... 2>&1) || rc=$?
 	if [[ $output == *'fetching vulnerabilities:'* ]]; then
-		say "NOT CHECKED for known vulnerabilities: their database cannot be reached from here"
-		return 0
+		dir=$(go mod download -json "golang.org/x/vulndb@$VULNDB" 2>/dev/null | sed -nE 's/^\s*"Dir": "(.*)",$/\1/p') || :
+		if [ -z "$dir" ]; then
+			say "NOT CHECKED for known vulnerabilities: their database cannot be reached from here"
+			return 0
+		fi
+		say "the database of vulnerabilities cannot be reached from here: compared with the module's $VULNDB"
+		rc=0
+		# A directory of OSV entries without an index; govulncheck makes that itself.
+		output=$("${scan[@]}" -db "file://$dir/data/osv" ./cmd/... 2>&1) || rc=$?
 	fi
+	[ $rc != 0 ] || return 0
+	# 3 is that there are some.
+	found=$(sed -nE 's/^Vulnerability #[0-9]+: //p' <<<"$output" | grep -vxE "$VULNERABILITIES_ACCEPTED") || [ $rc != 3 ] || return 0
 	echo "$output"
+	echo "not accepted: ${found:-govulncheck has failed}"
 	return 1
 }
 
