@@ -150,25 +150,33 @@ func (s *service) tasks() map[uint32]string {
 	return tasks
 }
 
-// readSpec reads a bundle's config.json.
+// readSpec reads a bundle's specification.
 func readSpec(bundle string) (*specs.Spec, error) {
+	var spec specs.Spec
+	if err := readConfig(bundle, &spec); err != nil {
+		return nil, err
+	}
+	return &spec, nil
+}
+
+// readConfig reads what v names of a bundle's config.json.
+func readConfig(bundle string, v any) error {
 	f, err := os.Open(filepath.Join(bundle, "config.json"))
 	if err != nil {
-		return nil, fmt.Errorf("bundle: %w: %w", err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("bundle: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxSpec+1))
 	if err != nil {
-		return nil, fmt.Errorf("bundle: %w", err)
+		return fmt.Errorf("bundle: %w", err)
 	}
 	if len(data) > maxSpec {
-		return nil, fmt.Errorf("bundle: %s has more than %d bytes: %w", f.Name(), maxSpec, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("bundle: %s has more than %d bytes: %w", f.Name(), maxSpec, errdefs.ErrInvalidArgument)
 	}
-	var spec specs.Spec
-	if err := json.Unmarshal(data, &spec); err != nil {
-		return nil, fmt.Errorf("bundle: %s: %w: %w", f.Name(), err, errdefs.ErrInvalidArgument)
+	if err := json.Unmarshal(data, v); err != nil {
+		return fmt.Errorf("bundle: %s: %w: %w", f.Name(), err, errdefs.ErrInvalidArgument)
 	}
-	return &spec, nil
+	return nil
 }
 
 // rootfsOf says where the root file system is: in the mounts of the request

@@ -8,13 +8,11 @@ package shim
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 
 	"github.com/containerd/containerd/v2/pkg/identifiers"
@@ -82,15 +80,11 @@ func sandboxOf(bundle, id string) (group, pod string, err error) {
 	var spec struct {
 		Annotations map[string]string `json:"annotations"`
 	}
-	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
-	switch {
+	switch err := readConfig(bundle, &spec); {
 	case errors.Is(err, fs.ErrNotExist):
 		return id, "", nil
 	case err != nil:
-		return "", "", fmt.Errorf("bundle: %w", err)
-	}
-	if err := json.Unmarshal(data, &spec); err != nil {
-		return "", "", fmt.Errorf("bundle: config.json: %w", err)
+		return "", "", err
 	}
 	pod = podName(spec.Annotations)
 	for _, name := range groupAnnotations {

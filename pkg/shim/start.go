@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/internal/printable"
@@ -57,26 +58,18 @@ func (p *Program) start(in bootstrap.Invocation, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	group, pod, err := sandboxOf(bundle, in.ID)
-	if err != nil {
-		return err
-	}
-	dir, err := state.At(p.stateRoot, in.Namespace, group)
-	if err != nil {
-		return err
-	}
-	socket, err := socketPath(in, group)
+	where, err := p.locate(in, bundle)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*readyTimeout)
 	defer cancel()
 	for {
-		held, err := dir.Hold(ctx)
+		held, err := where.dir.Hold(ctx)
 		if err != nil {
 			return err
 		}
-		err = startOrFind(ctx, in, pod, dir, socket, held)
+		err = startOrFind(ctx, in, where, held)
 		held.Release()
 		if err == nil {
 			break
@@ -85,7 +78,7 @@ func (p *Program) start(in bootstrap.Invocation, stdout io.Writer) error {
 			return err
 		}
 	}
-	address := "unix://" + socket
+	address := "unix://" + where.socket
 	// containerd up to 1.6 reads it from there after a restart.
 	if err := state.WriteFile(filepath.Join(bundle, "address"), []byte(address)); err != nil {
 		return fmt.Errorf("bundle: %w", err)
@@ -96,6 +89,31 @@ func (p *Program) start(in bootstrap.Invocation, stdout io.Writer) error {
 	}
 	_, err = stdout.Write(answer)
 	return err
+}
+
+// location is where a sandbox is on the host.
+type location struct {
+	dir    state.Dir
+	socket string
+	pod    string // its name, for people; empty if there is none
+}
+
+// locate says where the sandbox of a bundle's container is, or is to be.
+func (p *Program) locate(in bootstrap.Invocation, bundle string) (location, error) {
+	// Create would refuse it, but a group's name may hide it from here.
+	if err := identifiers.Validate(in.ID); err != nil {
+		return location{}, fmt.Errorf("container id: %w", err)
+	}
+	group, pod, err := sandboxOf(bundle, in.ID)
+	if err != nil {
+		return location{}, err
+	}
+	dir, err := state.At(p.stateRoot, in.Namespace, group)
+	if err != nil {
+		return location{}, err
+	}
+	socket, err := socketPath(in, group)
+	return location{dir: dir, socket: socket, pod: pod}, err
 }
 
 // socketPath names the socket by what tells sandboxes apart: two containerds
@@ -114,7 +132,8 @@ func socketPath(in bootstrap.Invocation, group string) (string, error) {
 var errEnded = errors.New("the sandbox has ended")
 
 // startOrFind makes sure that the socket is served.
-func startOrFind(ctx context.Context, in bootstrap.Invocation, pod string, dir state.Dir, socket string, held *state.Held) error {
+func startOrFind(ctx context.Context, in bootstrap.Invocation, where location, held *state.Held) error {
+	dir, socket := where.dir, where.socket
 	lock, err := dir.Lock()
 	if errors.Is(err, state.ErrLocked) {
 		if conn, dialErr := net.DialTimeout("unix", socket, time.Second); dialErr == nil {
@@ -143,22 +162,22 @@ func startOrFind(ctx context.Context, in bootstrap.Invocation, pod string, dir s
 	if err := cleanUp(ctx, dir); err != nil {
 		return err
 	}
-	if err := spawn(in, pod, dir, socket, lock); err != nil {
+	if err := spawn(in, where, lock); err != nil {
 		return errors.Join(err, dir.Remove())
 	}
 	return nil
 }
 
 // spawn starts the serving process and waits until it serves.
-func spawn(in bootstrap.Invocation, pod string, dir state.Dir, socket string, lock *os.File) (err error) {
-	listener, err := listen(socket)
+func spawn(in bootstrap.Invocation, where location, lock *os.File) (err error) {
+	listener, err := listen(where.socket)
 	if err != nil {
 		return err
 	}
 	defer listener.Close()
 	defer func() {
 		if err != nil {
-			os.Remove(socket)
+			os.Remove(where.socket)
 		}
 	}()
 	hostNamespace, err := os.Open("/proc/self/ns/mnt")
@@ -172,7 +191,7 @@ func spawn(in bootstrap.Invocation, pod string, dir state.Dir, socket string, lo
 	}
 	defer ready.Close()
 	defer report.Close()
-	config, err := json.Marshal(settings{Dir: dir, Socket: socket, TTRPCAddress: in.TTRPCAddress, Options: in.Options})
+	config, err := json.Marshal(settings{Dir: where.dir, Socket: where.socket, TTRPCAddress: in.TTRPCAddress, Options: in.Options})
 	if err != nil {
 		return err
 	}
@@ -180,14 +199,7 @@ func spawn(in bootstrap.Invocation, pod string, dir state.Dir, socket string, lo
 	if err != nil {
 		return err
 	}
-	// The arguments tell people which shim it is.
-	cmd := exec.Command(self, "-namespace", in.Namespace, "-id", in.ID, "-address", in.Address)
-	if pod != "" {
-		cmd.Args = append(cmd.Args, "-pod", printable.Word(pod, control.MaxName))
-	}
-	if in.Debug {
-		cmd.Args = append(cmd.Args, "-debug")
-	}
+	cmd := exec.Command(self, serveArgs(in, where.pod)...)
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=2",
 		// Go's heap has 2 MiB. Hosts that give huge pages to whoever does not
 		// refuse them, as Debian's do, would make it 4 MiB.
@@ -227,6 +239,18 @@ func spawn(in bootstrap.Invocation, pod string, dir state.Dir, socket string, lo
 		return errors.New("the shim ended before it was ready")
 	}
 	return errors.New(string(said))
+}
+
+// serveArgs are the serving process's, which tell people which shim it is.
+func serveArgs(in bootstrap.Invocation, pod string) []string {
+	args := []string{"-namespace", in.Namespace, "-id", in.ID, "-address", in.Address}
+	if pod != "" {
+		args = append(args, "-pod", printable.Word(pod, control.MaxName))
+	}
+	if in.Debug {
+		args = append(args, "-debug")
+	}
+	return args
 }
 
 // adjust makes the process one point more likely to be killed than its parent.

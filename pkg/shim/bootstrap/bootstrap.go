@@ -22,6 +22,7 @@ import (
 	"io"
 	"path"
 	"path/filepath"
+	"unicode/utf8"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	"github.com/containerd/containerd/api/types"
@@ -137,7 +138,14 @@ func Parse(args []string, getenv func(string) string, stdin io.Reader) (Invocati
 		if len(data) > maxInput {
 			return in, fmt.Errorf("more than %d bytes on stdin", maxInput)
 		}
-		return in, in.readStdin(data)
+		if err := in.readStdin(data); err != nil {
+			return in, err
+		}
+		// start passes them on as JSON, which would change them.
+		if !utf8.ValidString(in.TTRPCAddress) || !utf8.ValidString(in.Options.ConfigBody) {
+			return in, errors.New("TTRPC_ADDRESS, or the configuration in the runtime options, is not in UTF-8")
+		}
+		return in, nil
 	default:
 		return in, fmt.Errorf("unknown action %q", in.Action)
 	}

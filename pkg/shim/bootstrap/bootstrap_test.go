@@ -210,6 +210,10 @@ func TestBadInvocation(t *testing.T) {
 			marshal(t, bootstrapParams(func(p *bootapi.BootstrapParams) { p.SocketDir = &relative })), "absolute"},
 		{"broken runtime options", legacyArgs,
 			marshal(t, &anypb.Any{TypeUrl: "containerd.runc.v1.Options", Value: []byte{0xff}}), "runtime options"},
+		{"a configuration that is no text", legacyArgs,
+			marshal(t, option(t, &runtimeoptions.Options{ConfigBody: []byte("a = \"\xff\"")})), "UTF-8"},
+		{"no value for a flag", []string{"-namespace", "default", "-id"}, nil, "-id"},
+		{"an action among the flags", []string{"-id", "c1", "start", "-namespace", "default"}, nil, "-id and -namespace"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			_, err := Parse(test.args, env, bytes.NewReader(test.stdin))
