@@ -2,7 +2,8 @@
 # Shows, promise by promise of docs/threat-model.md, that it holds: a line for each, with the tests that show it.
 # usage: hack/security.sh [host] [guest]     (default: both)
 # "host" is what this machine shows without a guest's kernel; it needs root. "guest" runs black-box tests where the guest kernel
-# boots, which takes long in the test bed. The exit code is 1 if a promise does not hold, or was not shown.
+# boots, which takes long in the test bed. The last line counts the promises and those that hold; the exit code is 1 if one does
+# not, or was not shown.
 set -euo pipefail
 # shellcheck source=tools/lib.sh
 . "$(dirname "$0")/tools/lib.sh"
@@ -85,14 +86,18 @@ host_promises() {
 		pkg/shim TestOpenBlockDevice
 		= A guest gets the block device that its container names, and no other
 		pkg/shim TestOpenDisk TestOpenBlockDevice TestBlockVolume
+		= No message of the guest names a host path
+		pkg/shim TestGuestTextIsKnown TestGuestNamesNoPath
 		= Nothing the agent says makes the shim crash, hang, grow or act on another sandbox
 		pkg/shim/agentclient TestHostileReplies TestSilentAgent TestAnswersOutOfOrder TestMultipliedAnswer TestEndlessEvents TestBrokenFrames TestUnaskedFrames FuzzReplies FuzzAnswers FuzzStats
 		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced
 		pkg/internal/printable TestString FuzzString
 		= The shim has the capabilities of its list and no other ones, on every thread
 		pkg/shim TestSurroundings
-		= What starts a shim is checked
+		= What starts a shim is checked: arguments, environment, stdin, the bundle's specification
 		pkg/shim/bootstrap TestBadInvocation FuzzStdin
+		pkg/shim TestLocate TestBadStart FuzzStart FuzzPlan
+		pkg/shim/guestspec FuzzRewrite
 		= What a guest sends goes out of its pod's links and nowhere else
 		pkg/shim/network TestPod TestRefuse
 		= A sandbox that has ended is told of once, and nothing stays on the host
@@ -122,17 +127,24 @@ guest_promises() {
 	END
 }
 
-# plan PROMISES: which tests of which packages; wanted[PACKAGE] is a pattern of their first names.
+# plan PROMISES [BELOW]: which tests of which packages, in order of their names; wanted[PACKAGE] is a pattern of the tests' first
+# names. A test that is named and does not exist is an error, before anything runs.
 declare -A wanted result
+packages=()
 plan() {
-	local package tests name
+	local package tests name missing=()
 	wanted=()
 	while read -r package tests; do
 		[ "$package" != = ] || continue
 		for name in $tests; do
-			wanted[$package]+="|${name%%/*}"
+			name=${name%%/*}
+			[[ ${wanted[$package]:-}\| != *"|$name|"* ]] || continue
+			wanted[$package]+="|$name"
+			grep -qE "^func $name\(" "${2:-.}/$package"/*_test.go || missing+=("$package $name")
 		done
 	done < <("$1")
+	[ ${#missing[@]} = 0 ] || die "no such test: ${missing[*]}"
+	mapfile -t packages < <(printf '%s\n' "${!wanted[@]}" | sort)
 }
 
 # judge PACKAGE OUTPUT: takes what go test -v says of each test.
@@ -148,7 +160,10 @@ judge() {
 report() {
 	local package tests name promise='' how='' verdict=''
 	line() {
-		[ -z "$promise" ] || printf '%-4s  %s <-%s\n' "$verdict" "$promise" "$how"
+		[ -n "$promise" ] || return 0
+		printf '%-4s  %s <-%s\n' "$verdict" "$promise" "$how"
+		promises=$((promises + 1))
+		[ "$verdict" != ok ] || held=$((held + 1))
 	}
 	while read -r package tests; do
 		if [ "$package" = = ]; then
@@ -161,37 +176,43 @@ report() {
 			how+=" $name"
 			[ "${result[$package $name]:-not run}" = PASS ] && continue
 			how+=" (${result[$package $name]:-not run})"
-			verdict=FAIL failed=1
+			verdict=FAIL
 		done
 	done < <("$1")
 	line
 }
 
-failed=0
+# took: the time since the part has begun.
+took() { printf '%dm%02ds' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60)); }
+
+promises=0 held=0
 [ $# -gt 0 ] || set -- host guest
 for part; do
+	begin=$SECONDS
 	case $part in
 	host)
 		plan host_promises
-		for package in "${!wanted[@]}"; do
+		for package in "${packages[@]}"; do
 			say "$package"
 			go test -count=1 -v -tags privileged -run "^(${wanted[$package]#|})\$" "./$package" >"$SCRATCH/output" 2>&1 ||
 				grep -vE '^(=== |\s*--- PASS)' "$SCRATCH/output" | tail -n 50 >&2
 			judge "$package" "$SCRATCH/output"
 		done
-		echo "On this machine, without a guest's kernel:"
+		echo "On this machine, without a guest's kernel ($(took)):"
 		report host_promises
 		;;
 	guest)
-		plan guest_promises
-		for package in "${!wanted[@]}"; do
+		plan guest_promises test/e2e
+		for package in "${packages[@]}"; do
 			hack/e2e.sh "^(${wanted[$package]#|})\$" "$package" 2>&1 | tee "$SCRATCH/output" >&2 || :
 			judge "$package" "$SCRATCH/output"
 		done
-		echo "With a guest, where its kernel boots:"
+		echo "With a guest, where its kernel boots ($(took)):"
 		report guest_promises
 		;;
 	*) die "usage: hack/security.sh [host] [guest]" ;;
 	esac
 done
-exit $failed
+begin=0
+echo "$promises promises, $held ok, in $(took)"
+[ "$held" = "$promises" ]
