@@ -7,14 +7,15 @@
 set -euo pipefail
 # shellcheck source=tools/lib.sh
 . "$(dirname "$0")/tools/lib.sh"
+# shellcheck source=tools/fuzz.sh
+. "$(dirname "$0")/tools/fuzz.sh"
 time=${1:?usage: hack/fuzz.sh TIME [PATTERN]} pattern=${2:-.}
 cd "$REPO"
 scratch
 failed=0
 line() { printf '%-66s %12s %6s %8s %8s\n' "$@"; }
 
-mapfile -t targets < <(grep -rnoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' pkg cmd |
-	sed -E 's,^(.*)/[^/]*:[0-9]+:func (.*),\1 \2,' | sort | grep -E -- "$pattern")
+mapfile -t targets < <(fuzz_targets "$pattern")
 line target executions new crashes CPU
 TIMEFORMAT='%U %S'
 for target in "${targets[@]}"; do
