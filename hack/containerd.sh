@@ -6,7 +6,8 @@
 # Clients use `ctr -a STATE/containerd.sock`. It finds shims in bin/ of this checkout, then in the tools of the cache.
 # With a file system in STATE/blockfile.ext4 it has the snapshotter blockfile, which makes copies of that.
 # STATE/config.toml is the shim's own configuration, through MICROVM_CONFIG; STATE/env may set variables for containerd
-# and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un.
+# and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un. With KEEP=1 in the environment a
+# containerd that is killed is started again.
 #
 # With CRI=podsandbox or CRI=shim in the environment it is a node for pods too, with the runtime handlers runc and microvm (and
 # runsc, if the tools have gVisor). microvm has that sandboxer, and CRI_DEFAULT (runc) is what pods get that name none; clients
@@ -172,7 +173,7 @@ start() {
 			set +a
 		fi
 		cd /
-		exec setsid containerd --config "$state/containerd.toml" --log-level "${CONTAINERD_LOG_LEVEL:-info}"
+		exec setsid ${KEEP:+"$top/hack/keep.sh"} containerd --config "$state/containerd.toml" --log-level "${CONTAINERD_LOG_LEVEL:-info}"
 	) </dev/null >>"$state/containerd.log" 2>&1 &
 	local p=$!
 	echo "$p" >"$state/containerd.pid"
@@ -209,7 +210,7 @@ stop() {
 			rmdir "/sys/fs/cgroup/$ns" /sys/fs/cgroup/*/"$ns" 2>/dev/null || :
 		done
 		kill "$p"
-		gone "$p" 300 || kill -KILL "$p"
+		gone "$p" 300 || kill -KILL -- "-$p" # with what keeps it
 	fi
 	rm -f "$state/containerd.pid"
 	for p in $(shims); do

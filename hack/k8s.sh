@@ -3,7 +3,8 @@
 # usage: hack/k8s.sh start STATE                 control plane and node, and wait until the node is ready
 #        hack/k8s.sh control STATE               the control plane only: etcd, apiserver, controller-manager, scheduler
 #        hack/k8s.sh node STATE CREDENTIALS      a node only: containerd, kubelet, kube-proxy; CREDENTIALS is the control
-#                                                plane's STATE/node, which may be on another machine
+#                                                plane's STATE/node, which may be on another machine. Whoever kills one
+#                                                of the first two finds it started again, as systemd does it on other nodes
 #        hack/k8s.sh ready STATE                 wait until the node of the control plane in STATE is ready, and make the RuntimeClass
 #        hack/k8s.sh stop STATE                  end pods, containerd and all else; keeps logs, images and etcd's data
 #        hack/k8s.sh wipe STATE                  stop, and remove STATE
@@ -57,7 +58,7 @@ down() {
 	local p
 	if p=$(pid "$1"); then
 		kill "$p"
-		wait_for 10 "" gone "$p" || kill -KILL "$p"
+		wait_for 10 "" gone "$p" || kill -KILL -- "-$p" # with what it keeps
 	fi
 	rm -f "$state/run/$1.pid"
 }
@@ -209,7 +210,7 @@ node() {
 		[ -f "$state/sysctl/${name//\//-}" ] || cat "/proc/sys/$name" >"$state/sysctl/${name//\//-}"
 	done
 	cgroups
-	CRI=${CRI:-podsandbox} "$top/hack/containerd.sh" start "$state/c"
+	CRI=${CRI:-podsandbox} KEEP=1 "$top/hack/containerd.sh" start "$state/c"
 	images
 	# Mounts of the node are the containers' to see, some of them both ways: systemd has it so, unshare does not.
 	mount --make-rshared /
@@ -246,7 +247,7 @@ node() {
 		configMapAndSecretChangeDetectionStrategy: Watch
 		runtimeRequestTimeout: $([ -n "${MICROVM_TESTBED:-}" ] && echo 10 || echo 2)m
 	Y
-	up kubelet kubelet --config="$state/kubelet.yaml" --kubeconfig="$credentials/kubelet.conf" --root-dir="$state/kubelet" \
+	up kubelet "$top/hack/keep.sh" kubelet --config="$state/kubelet.yaml" --kubeconfig="$credentials/kubelet.conf" --root-dir="$state/kubelet" \
 		--cert-dir="$state/kubelet/pki" --hostname-override=$NODE --node-ip=$NODE_IP \
 		--node-labels="microvm.io/ready=true,microvm.io/test-disk=$(disk)" --v="${KUBELET_V:-2}"
 	# The limits of the connection table belong to the whole machine.
