@@ -99,7 +99,7 @@ spec:
 func TestMountsBelowVolume(t *testing.T) {
 	s := newSpace(t)
 	dir := s.hostDir(t)
-	r := s.tryInput(fmt.Sprintf(`
+	s.applyDefault(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
 metadata: {name: mounter}
@@ -120,10 +120,7 @@ spec:
       while :; do sleep 0.2; done
     readinessProbe: {exec: {command: [test, -e, /up]}, periodSeconds: 1, timeoutSeconds: 60}
     volumeMounts: [{name: v, mountPath: /v, mountPropagation: Bidirectional}]
-`, box, dir), "create", "-f", "-")
-	if r.code != 0 {
-		t.Fatalf("create the pod that mounts: %s", r)
-	}
+`, box, dir))
 	s.ready(t, "mounter")
 	s.apply(t, sleeper("p", `
 volumeMounts:

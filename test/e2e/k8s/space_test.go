@@ -75,6 +75,14 @@ func (s *space) apply(t *testing.T, manifest string) {
 	}
 }
 
+// applyDefault creates what a manifest says, with the cluster's default runtime.
+func (s *space) applyDefault(t *testing.T, manifest string) {
+	t.Helper()
+	if r := s.tryInput(manifest, "create", "-f", "-"); r.code != 0 {
+		t.Fatalf("create %s: %s", manifest, r)
+	}
+}
+
 // prepare puts the RuntimeClass under test into a pod, and has the images taken from the node: "latest" would be pulled.
 func prepare(p *corev1.PodSpec) {
 	p.RuntimeClassName = nil
