@@ -38,11 +38,7 @@ func newSpace(t *testing.T) *space {
 		t.Fatalf("make a namespace: %v", err)
 	}
 	t.Cleanup(func() {
-		if t.Failed() {
-			for _, args := range [][]string{{"describe", "pods"}, {"get", "events", "--sort-by=.lastTimestamp"}, {"get", "all", "-o", "wide"}} {
-				t.Logf("kubectl %v:\n%s", args, s.try(args...))
-			}
-		}
+		s.tellFailure(t)
 		s.kubectl(t, "delete", "namespace", s.name, "--wait", "--timeout", patience().String())
 	})
 	// Pods are refused before this is there.
@@ -50,6 +46,17 @@ func newSpace(t *testing.T) *space {
 		return s.Get(context.Background(), "default", s.name, &corev1.ServiceAccount{}) == nil
 	})
 	return s
+}
+
+// tellFailure logs what the cluster says about the namespace, if the test has failed.
+func (s *space) tellFailure(t *testing.T) {
+	t.Helper()
+	if !t.Failed() {
+		return
+	}
+	for _, args := range [][]string{{"describe", "pods"}, {"get", "events", "--sort-by=.lastTimestamp"}, {"get", "all", "-o", "wide"}} {
+		t.Logf("kubectl %v:\n%s", args, s.try(args...))
+	}
 }
 
 // apply creates what a manifest says, with the RuntimeClass under test in every pod.
