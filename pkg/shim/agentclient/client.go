@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
@@ -49,6 +50,11 @@ const (
 	// times as much. The longest that an honest agent sends lists as many
 	// processes as there can be (pid_max is 32768, six bytes each).
 	maxFrame = 256 << 10
+	// maxUnasked is how many messages more than were asked for may come. ttrpc
+	// writes a line to the log for each that is for nobody. Of events, those that
+	// are on their way to whoever handles them count: 70 bytes each, of 4096 that
+	// are read at once, and 10 that wait.
+	maxUnasked = 256
 	// maxError bounds what of an error's text is repeated.
 	maxError = 1024
 	// maxPid is Linux's PID_MAX_LIMIT, the first value that is none.
@@ -60,6 +66,7 @@ const (
 
 // Client speaks with one agent. All methods may be called concurrently.
 type Client struct {
+	conn   *agentConn
 	ttrpc  *ttrpc.Client
 	rpc    agentproto.AgentClient
 	done   chan struct{}
@@ -70,9 +77,10 @@ type Client struct {
 // the agent lets the time for an answer pass, concurrently and as often as that
 // happens.
 func New(conn net.Conn, silent func()) *Client {
-	c := &Client{done: make(chan struct{}), silent: silent}
+	c := &Client{conn: &agentConn{Conn: conn}, done: make(chan struct{}), silent: silent}
+	c.conn.due.Store(maxUnasked)
 	var once sync.Once
-	c.ttrpc = ttrpc.NewClient(&agentConn{Conn: conn},
+	c.ttrpc = ttrpc.NewClient(c.conn,
 		ttrpc.WithUnaryClientInterceptor(c.intercept),
 		ttrpc.WithOnClose(func() { once.Do(func() { close(c.done) }) }))
 	c.rpc = agentproto.NewAgentClient(c.ttrpc)
@@ -87,17 +95,24 @@ func (c *Client) Close() { c.ttrpc.Close() }
 
 // agentConn ends a connection whose other side has stopped reading, for which
 // ttrpc holds a lock while it writes, so that nothing else would end any request
-// then; and one whose other side sends more at a time than an agent has to say.
+// then; and one whose other side sends more at a time than an agent has to say,
+// or more often than it was asked.
 type agentConn struct {
 	net.Conn
+	// due is how many messages may come still. A request is good for one, and so
+	// is an event that was handled: there may be any number of them.
+	due atomic.Int64
 	// Where in the stream of messages reading is; it is for one goroutine.
 	header [10]byte // of the next message: its length first, big endian
 	have   int      // bytes of header
 	rest   uint32   // bytes of the message that are to come
 }
 
-// errLongMessage ends a connection.
-var errLongMessage = fmt.Errorf("a message of more than %d bytes", maxFrame)
+// These end a connection.
+var (
+	errLongMessage = fmt.Errorf("a message of more than %d bytes", maxFrame)
+	errUnasked     = errors.New("more messages than were asked for")
+)
 
 func (c *agentConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
@@ -117,6 +132,10 @@ func (c *agentConn) Read(p []byte) (int, error) {
 			c.Conn.Close()
 			return 0, errLongMessage
 		}
+		if c.due.Add(-1) < 0 {
+			c.Conn.Close()
+			return 0, errUnasked
+		}
 	}
 	return n, err
 }
@@ -134,8 +153,9 @@ func (c *agentConn) Write(p []byte) (int, error) {
 
 // intercept sees replies before they are parsed.
 func (c *Client) intercept(ctx context.Context, request *ttrpc.Request, reply *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
+	c.conn.due.Add(1)
 	if err := invoke(ctx, request, reply); err != nil {
-		if errors.Is(err, ttrpc.ErrClosed) || errors.Is(err, errLongMessage) {
+		if errors.Is(err, ttrpc.ErrClosed) || errors.Is(err, errLongMessage) || errors.Is(err, errUnasked) {
 			return fmt.Errorf("the connection to the agent is lost: %w", errdefs.ErrUnavailable)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
@@ -394,6 +414,7 @@ func (c *Client) OOMKills(ctx context.Context, handle func(containerID string)) 
 		if err != nil {
 			return fmt.Errorf("agent's events: %w", err)
 		}
+		c.conn.due.Add(1)
 		if kill := event.GetOomKill(); kill != nil {
 			handle(kill.GetContainerId())
 		}

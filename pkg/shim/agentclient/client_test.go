@@ -227,6 +227,33 @@ func TestUnaskedFrames(t *testing.T) {
 	}
 }
 
+// An agent that goes on with messages that nobody waits for loses its
+// connection: each would be a line of the log.
+func TestEndlessUnaskedFrames(t *testing.T) {
+	for name, flood := range map[string][]byte{
+		"answers to nobody":       frame(1<<20+1, 2, 0, nil),
+		"data of nobody":          frame(1<<20+1, 3, 0, nil),
+		"of a type that is not":   frame(1<<20+1, 77, 0, nil),
+		"more answers to a first": frame(1, 2, 0, []byte{0x12, 2, 8, 1}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := raw(t, func(conn net.Conn) {
+				conn.Read(make([]byte, 4096))
+				for {
+					if _, err := conn.Write(flood); err != nil {
+						return
+					}
+				}
+			})
+			c.Info(t.Context())
+			<-c.Done()
+			if _, err := c.Info(t.Context()); !errdefs.IsUnavailable(err) {
+				t.Errorf("an error that says that the connection is lost: %v", err)
+			}
+		})
+	}
+}
+
 // FuzzReplies: no bytes on the connection make the client panic or hang, and
 // what it returns is in range.
 func FuzzReplies(f *testing.F) {
