@@ -19,7 +19,7 @@ import (
 )
 
 // drainStall is how long the client of a process that has ended may not read
-// its output before the exit is told all the same.
+// its output, or the guest not end it, before the exit is told all the same.
 const drainStall = 10 * time.Second
 
 // process is a container's init process, or another one by its exec id.
@@ -148,7 +148,7 @@ func (p *process) watch() {
 	}
 	at := time.Now()
 	if err := p.streams.Drain(drainStall); err != nil {
-		log.L.WithError(err).Warnf("process %s has ended, but its output is not read", p.id())
+		log.L.WithError(err).Warnf("process %s has ended, but not its output", p.id())
 	}
 	if p.execID == "" {
 		c.endExecs()

@@ -14,15 +14,23 @@ import (
 // streams, of which most are silent most of the time.
 var buffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
+// flow is how far copying is.
+type flow struct {
+	progress *atomic.Int64 // counts the bytes that have arrived; may be shared
+	waits    atomic.Bool   // for src, which has to write or to end
+}
+
 // copyTo copies until the end of src, or an error of either side, which is
 // the end as well: there is nobody to report it to.
-func copyTo(dst io.Writer, src syscall.Conn, progress *atomic.Int64) {
+func copyTo(dst io.Writer, src syscall.Conn, f *flow) {
 	raw, err := src.SyscallConn()
 	if err != nil {
 		return
 	}
 	for {
+		f.waits.Store(true)
 		buffer, n := receive(raw)
+		f.waits.Store(false)
 		if n > 0 {
 			_, err = dst.Write(buffer[:n])
 		}
@@ -32,7 +40,7 @@ func copyTo(dst io.Writer, src syscall.Conn, progress *atomic.Int64) {
 		if n <= 0 || err != nil {
 			return
 		}
-		progress.Add(int64(n))
+		f.progress.Add(int64(n))
 	}
 }
 

@@ -62,8 +62,7 @@ func (in *input) open() (err error) {
 }
 
 func (in *input) copy(to Conn) {
-	var ignored atomic.Int64
-	copyTo(to, in.reader, &ignored)
+	copyTo(to, in.reader, &flow{progress: new(atomic.Int64)})
 	// Half of the connection: the process may well go on writing, and this
 	// may be the one end of a terminal.
 	to.CloseWrite()

@@ -55,7 +55,8 @@ type Streams struct {
 
 	mu        sync.Mutex
 	conns     []Conn
-	stdinConn Conn // until StartStdin
+	flows     map[Conn]*flow // of the outputs
+	stdinConn Conn           // until StartStdin
 	closed    bool
 }
 
@@ -63,7 +64,7 @@ type Streams struct {
 // errdefs.ErrInvalidArgument, as the addresses are the client's, or
 // errdefs.ErrResourceExhausted.
 func Open(ctx context.Context, c Config) (_ *Streams, err error) {
-	s := &Streams{drained: make(chan struct{})}
+	s := &Streams{drained: make(chan struct{}), flows: map[Conn]*flow{}}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -195,8 +196,10 @@ func (s *Streams) Copy(stdin, stdout, stderr Conn) {
 		if o.from == nil {
 			continue
 		}
+		f := &flow{progress: &s.progress}
+		s.flows[o.from] = f
 		s.outputs.Go(func() {
-			copyTo(o.to, o.from, &s.progress)
+			copyTo(o.to, o.from, f)
 			// End of file for the client, whatever the other streams do.
 			o.to.Close()
 			o.from.Close()
@@ -237,21 +240,41 @@ func (s *Streams) CloseStdin() {
 
 // Drain waits until all output has reached the client. It gives up, and says
 // so, when nothing has got on for the time of stall: the client has gone, or
-// does not read.
+// does not read; what there is reaches it when it does. Or the guest does not
+// end an output, which it has to before it tells of the process's end: it is
+// ended here, for a client that waits for that.
 func (s *Streams) Drain(stall time.Duration) error {
+	var endless error
 	for {
 		before := s.progress.Load()
 		timer := time.NewTimer(stall)
 		select {
 		case <-s.drained:
 			timer.Stop()
-			return nil
+			return endless
 		case <-timer.C:
 		}
-		if s.progress.Load() == before {
+		if s.progress.Load() != before {
+			continue
+		}
+		if !s.cut() {
 			return errors.New("the client does not read the output")
 		}
+		endless = errors.New("the guest does not end the output")
 	}
+}
+
+// cut ends the outputs of which nothing comes from the guest, if there are any.
+func (s *Streams) cut() (any bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for conn, f := range s.flows {
+		if f.waits.CompareAndSwap(true, false) {
+			conn.Close()
+			any = true
+		}
+	}
+	return any
 }
 
 // Close ends all copying and waits for it.

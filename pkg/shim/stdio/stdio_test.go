@@ -138,6 +138,44 @@ func TestOutputWithoutReader(t *testing.T) {
 	}
 }
 
+// A guest that says that a process has ended and does not end its output holds
+// up neither the exit nor the client.
+func TestOutputWithoutEnd(t *testing.T) {
+	stdout, stderr := fifo(t, "stdout"), fifo(t, "stderr")
+	s := open(t, Config{Stdout: stdout, Stderr: stderr})
+	client := reader(t, stdout)
+	ours1, guest1 := socktest.Pair(t)
+	ours2, guest2 := socktest.Pair(t)
+	s.Copy(nil, ours1, ours2)
+	guest1.Write([]byte("all"))
+	guest2.CloseWrite()
+	if err := s.Drain(50 * time.Millisecond); err == nil || !strings.Contains(err.Error(), "guest") {
+		t.Errorf("drained: %v", err)
+	}
+	if data, err := io.ReadAll(client); err != nil || string(data) != "all" {
+		t.Errorf("client: %q, %v", data, err)
+	}
+}
+
+// A client that does not read for too long gets everything all the same.
+func TestOutputOfSlowReader(t *testing.T) {
+	path := fifo(t, "stdout")
+	s := open(t, Config{Stdout: path})
+	ours, guest := socktest.Pair(t)
+	s.Copy(nil, ours, nil)
+	big := content(1 << 20) // more than fifo and socket hold
+	go func() {
+		guest.Write(big)
+		guest.Close()
+	}()
+	if err := s.Drain(50 * time.Millisecond); err == nil || !strings.Contains(err.Error(), "client") {
+		t.Errorf("drained without a reader: %v", err)
+	}
+	if data, err := io.ReadAll(reader(t, path)); err != nil || !bytes.Equal(data, big) {
+		t.Errorf("%d bytes of %d, %v", len(data), len(big), err)
+	}
+}
+
 func TestInput(t *testing.T) {
 	path := fifo(t, "stdin")
 	s := open(t, Config{Stdin: path})
