@@ -116,7 +116,7 @@ CHAOS = mkdir -p report; rc=0; \
 	grep -a '^promise: ' report/$@.log; exit $$rc
 
 .PHONY: chaos
-chaos: $(GUEST_OF_HANDLER) pod-tools ## kill and starve the parts of a pod at each step of its life, one line a promise: HANDLER, SANDBOXER, RUN picks tests
+chaos: $(GUEST_OF_HANDLER) $(if $(GUEST_OF_HANDLER),hostile) pod-tools ## kill, starve and attack what pods consist of, one line a promise: HANDLER, SANDBOXER, RUN picks tests
 	@$(CHAOS)
 
 .PHONY: soak
@@ -157,6 +157,11 @@ k8s-conformance: $(GUEST_OF_HANDLER) k8s-tools ## Kubernetes' own tests of a nod
 fsconformance: # the program that tests a share from inside a guest
 	$(GO_BUILD) -o bin/ ./test/fsconformance
 
+.PHONY: hostile
+hostile: # the attacker of the tests: a program for containers, and a guest image that has it for its agent
+	$(GO_BUILD) -o bin/ ./test/hostile
+	hack/image/build.sh --init bin/hostile bin/hostile.erofs
+
 # What CI runs of e2e; docs/limits.md names what it leaves out.
 E2E_CI := ^Test(OwnKernel|ExitCodes|KillExec|ExecOfNoContainer|Events|OutOfMemoryEvent|SmallMemoryLimit|KillVMM|KillVMMOfDetached|GuestEnds|EachContainerHasItsMachine|ContainersOfOneSandboxShareAMachine)$$
 
@@ -173,7 +178,7 @@ fuzz: ## run every fuzz target for FUZZTIME (10s), or those that RUN matches, a 
 	hack/fuzz.sh $(FUZZTIME) '$(RUN)'
 
 .PHONY: test-security
-test-security: guest tools images pod-tools ## a line for each promise of docs/threat-model.md, with the tests that show it
+test-security: guest hostile tools images pod-tools ## a line for each promise of docs/threat-model.md, with the tests that show it
 	hack/security.sh
 
 .PHONY: bench

@@ -1,7 +1,9 @@
 #!/bin/bash
 # Builds the guest image, bin/guest.erofs: bin/guest-agent as /sbin/init, mount points, and nothing else.
 # usage: hack/image/build.sh [--verify]
+#        hack/image/build.sh --init PROGRAM IMAGE
 # --verify builds everything a second time, from an empty Go cache, and fails unless both are the same byte by byte.
+# --init makes an image of another program instead, for a test.
 #
 # The image is mapped as virtio-pmem and mounted with DAX, so the guest runs the agent straight from the host's page
 # cache. That needs whole, uncompressed 4 KiB blocks: EROFS does no DAX on a file whose tail is stored beside its inode.
@@ -40,6 +42,11 @@ build_image() {
 packages erofs-utils gcc libc6-dev libseccomp-dev pkg-config
 lock "$MICROVM_CACHE/image.lock"
 scratch
+if [ "${1:-}" = --init ]; then
+	build_image "$2" "$SCRATCH/image" "$SCRATCH/root"
+	put "$SCRATCH/image" "$3"
+	exit
+fi
 start=$SECONDS
 say "building guest-agent"
 build_agent "$SCRATCH/guest-agent"

@@ -1,7 +1,7 @@
 //go:build e2e
 
-// Package chaos kills and starves the parts of a sandbox at each step of its life, and looks at what users see then, at the
-// other pods, and at the host. It runs for runc too, without what runc has not: a VMM and an agent.
+// Package chaos kills and starves the parts of a sandbox at each step of its life, and attacks the host from inside one, and looks
+// at what users see then, at the other pods, and at the host. It runs for runc too, without what runc has not: a VMM and an agent.
 package chaos
 
 import (

@@ -4,6 +4,7 @@ package chaos
 
 import (
 	"encoding/csv"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -143,18 +144,21 @@ func cycle(t *testing.T, n *pods.Node, i int) {
 
 func usageOf(t *testing.T, pid int) usage {
 	t.Helper()
+	u, err := usageNow(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+// usageNow is that of a process which may end meanwhile.
+func usageNow(pid int) (usage, error) {
 	dir := fmt.Sprintf("/proc/%d/", pid)
-	descriptors, err := os.ReadDir(dir + "fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	threads, err := os.ReadDir(dir + "task")
-	if err != nil {
-		t.Fatal(err)
-	}
-	memory, err := os.ReadFile(dir + "smaps_rollup")
-	if err != nil {
-		t.Fatal(err)
+	descriptors, err1 := os.ReadDir(dir + "fd")
+	threads, err2 := os.ReadDir(dir + "task")
+	memory, err3 := os.ReadFile(dir + "smaps_rollup")
+	if err := errors.Join(err1, err2, err3); err != nil {
+		return usage{}, err
 	}
 	u := usage{descriptors: len(descriptors), threads: len(threads)}
 	for line := range strings.Lines(string(memory)) {
@@ -162,7 +166,7 @@ func usageOf(t *testing.T, pid int) usage {
 			u.pssKiB, _ = strconv.Atoi(f[1])
 		}
 	}
-	return u
+	return u, nil
 }
 
 var goroutinesLogged = regexp.MustCompile(` goroutines=([0-9]+) .*vmm_goroutines=([0-9]+)\s`)
