@@ -69,7 +69,11 @@ test: lint unit test-agent e2e-ci e2e-cri-ci soak-ci ## what CI runs: form, unit
 test-all: lint unit privileged test-agent test-guest e2e-all ## every test there is: hours in the test bed
 
 .PHONY: e2e-all
-e2e-all: e2e e2e-cri critest e2e-k8s k8s-conformance chaos ## all black-box tests: hours in the test bed
+e2e-all: e2e ## all black-box tests, those of pods under both sandboxers: hours in the test bed
+	for sandboxer in podsandbox shim; do \
+		for suite in e2e-cri critest e2e-k8s; do $(MAKE) $$suite SANDBOXER=$$sandboxer; done; \
+	done
+	$(MAKE) k8s-conformance chaos
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck, gosec, known vulnerabilities, shellcheck
