@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -31,6 +32,8 @@ type resizer struct {
 
 	turn chan struct{} // held by the change in progress; protects the rest
 	now  size          // what was last asked for
+	// reached is what came of it, for those who do not wait for the turn.
+	reached atomic.Pointer[size]
 	// pod is what the pod may use as a whole, containers that are still to come
 	// included; it changes as its containers do, until the first setPod: then it
 	// is told of those changes too.
@@ -56,6 +59,7 @@ func newResizer(c *config.Config, h *host, l limits,
 	}
 	r.booted = r.fit(l.usage())
 	r.now = r.booted
+	r.reached.Store(&r.booted)
 	return r
 }
 
@@ -205,5 +209,8 @@ func (r *resizer) set(ctx context.Context, want size) (cpus int, memory uint64, 
 		return 0, 0, err
 	}
 	now, err := r.vmm(ctx, machine)
+	if err == nil {
+		r.reached.Store(&size{cpus, now.MemoryBytes})
+	}
 	return cpus, now.MemoryBytes, err
 }

@@ -287,13 +287,14 @@ func (p *pod) info(pid uint32) (map[string]string, error) {
 		VMM     uint32 `json:"vmm,omitempty"`
 		Kernel  string `json:"kernel,omitempty"`
 		Agent   string `json:"agent,omitempty"`
-		CPUs    uint32 `json:"cpus,omitempty"`
+		CPUs    int    `json:"cpus,omitempty"`
 		Memory  uint64 `json:"memoryBytes,omitempty"`
 		End     string `json:"end,omitempty"`
 	}{Network: p.netns, VMM: pid}
 	if p.sandbox != nil {
-		guest := p.sandbox.info
-		machine.Kernel, machine.Agent, machine.CPUs, machine.Memory = guest.KernelRelease, guest.Version, guest.CPUs, guest.MemoryBytes
+		machine.Kernel, machine.Agent = p.sandbox.info.KernelRelease, p.sandbox.info.Version
+		now := p.sandbox.resizer.reached.Load()
+		machine.CPUs, machine.Memory = now.vcpus, now.memory
 		if err := p.sandbox.alive(); err != nil {
 			machine.End = err.Error()
 		}

@@ -159,5 +159,16 @@ func TestUpdateSandbox(t *testing.T) {
 		if size != test.size {
 			t.Errorf("%s: size %q, want %q", test.name, size, test.size)
 		}
+		if test.size == "" {
+			continue
+		}
+		var machine struct {
+			CPUs        int
+			MemoryBytes int64
+		}
+		info := f.sandboxStatus("pod").Info["machine"]
+		if err := json.Unmarshal([]byte(info), &machine); err != nil || fmt.Sprintf("%d/%d", machine.CPUs, machine.MemoryBytes/mib) != test.size {
+			t.Errorf("%s: the status has %s, want %q", test.name, info, test.size)
+		}
 	}
 }

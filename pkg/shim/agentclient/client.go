@@ -180,8 +180,6 @@ type Info struct {
 	Version       string
 	KernelRelease string
 	KernelVersion string
-	MemoryBytes   uint64
-	CPUs          uint32
 	// Init and Ready are on the guest's own clock since it booted.
 	Init, Ready time.Duration
 }
@@ -205,8 +203,6 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 		Version:       printable.String(r.GetVersion(), 64),
 		KernelRelease: printable.String(r.GetKernelRelease(), 64),
 		KernelVersion: printable.String(r.GetKernelVersion(), 128),
-		MemoryBytes:   r.GetMemoryTotalBytes(),
-		CPUs:          r.GetCpusOnline(),
 		Init:          time.Duration(r.GetInitNanoseconds()),
 		Ready:         time.Duration(r.GetReadyNanoseconds()),
 	}, nil
