@@ -44,12 +44,12 @@ tools: ## build containerd, ctr and runc for the tests (about 3 minutes, once)
 images: ## make the container images of the tests from Debian packages
 	hack/images/build.sh
 
-# What a node for pods needs besides. nft is what the portmap plugin calls, iptables the firewall plugin.
+# What a node for pods needs besides. nft is what the portmap plugin calls, iptables the firewall plugin, and the others snapshotters.
 .PHONY: pod-tools
 pod-tools: tools
 	hack/tools/build.sh cri-tools cni
 	hack/images/build.sh pods
-	. hack/tools/lib.sh && packages nftables iptables
+	. hack/tools/lib.sh && packages nftables iptables dmsetup erofs-utils
 
 .PHONY: testbed
 testbed: ## make the emulated machine for hosts whose KVM cannot boot the guest kernel
@@ -101,6 +101,7 @@ test-guest: guest fsconformance ## tests of the VMM that boot the guest kernel, 
 
 .PHONY: e2e
 e2e: guest tools images fsconformance ## black-box tests with containerd and ctr, where KVM can boot the guest kernel
+	. hack/tools/lib.sh && packages dmsetup erofs-utils
 	E2E_RUNTIME=$(E2E_RUNTIME) hack/e2e.sh '$(RUN)'
 
 # What "make e2e-cri", "make critest" and "make e2e-k8s" test: HANDLER=runc checks the tests themselves, without a virtual machine.

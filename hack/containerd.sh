@@ -4,7 +4,8 @@
 #        hack/containerd.sh stop STATE    end its containers, shims and itself; keeps images and logs
 #        hack/containerd.sh wipe STATE    stop, and remove STATE
 # Clients use `ctr -a STATE/containerd.sock`. It finds shims in bin/ of this checkout, then in the tools of the cache.
-# With a file system in STATE/blockfile.ext4 it has the snapshotter blockfile, which makes copies of that.
+# With a file system in STATE/blockfile.ext4 it has the snapshotter blockfile, which makes copies of that, and with the name of a
+# thin pool in STATE/thinpool the snapshotter devmapper. STATE/snapshotter names the one that pods have (overlayfs).
 # STATE/config.toml is the shim's own configuration, through MICROVM_CONFIG; STATE/env may set variables for containerd
 # and so for its shims. STATE must be short: its sockets' paths end up in struct sockaddr_un. With KEEP=1 in the environment a
 # containerd that is killed is started again.
@@ -54,6 +55,9 @@ handler() { [ -z "$CRI" ] || echo "'$top/deploy/k8s/containerd-$CRI.toml'"; }
 # no_blockfile: what to disable where there is nothing for it to copy.
 no_blockfile() { [ -f "$state/blockfile.ext4" ] || echo "'io.containerd.snapshotter.v1.blockfile',"; }
 
+# no_devmapper: the same, where there is no pool.
+no_devmapper() { [ -f "$state/thinpool" ] || echo "'io.containerd.snapshotter.v1.devmapper',"; }
+
 configure_cri() {
 	local other tools=${MICROVM_CACHE:-$HOME/.cache/microvm}/tools/bin
 	echo "$CRI" >"$state/cri"
@@ -97,7 +101,7 @@ configure_cri() {
 	# restrict_oom_score_adj: without CAP_SYS_RESOURCE nobody can lower a score.
 	cat >>"$state/containerd.toml" <<-X
 		[plugins.'io.containerd.cri.v1.images']
-		  snapshotter = 'overlayfs'
+		  snapshotter = '$(cat "$state/snapshotter" 2>/dev/null || echo overlayfs)'
 		  [plugins.'io.containerd.cri.v1.images'.pinned_images]
 		    sandbox = 'docker.io/microvm/pause:latest'
 		  [plugins.'io.containerd.cri.v1.images'.registry]
@@ -137,7 +141,7 @@ start() {
 		  $(no_cri)
 		  'io.containerd.nri.v1.nri',
 		  'io.containerd.tracing.processor.v1.otlp', 'io.containerd.internal.v1.tracing',
-		  'io.containerd.snapshotter.v1.devmapper', $(no_blockfile)
+		  $(no_devmapper) $(no_blockfile)
 		]
 		[plugins.'io.containerd.server.v1.grpc']
 		  address = '$state/containerd.sock'
@@ -150,6 +154,9 @@ start() {
 		[plugins.'io.containerd.snapshotter.v1.blockfile']
 		  scratch_file = '$state/blockfile.ext4'
 		  fs_type = 'ext4'
+		[plugins.'io.containerd.snapshotter.v1.devmapper']
+		  pool_name = '$(cat "$state/thinpool" 2>/dev/null || :)'
+		  base_image_size = '64MB'
 		# The size of a container's writable layer: without one it is a directory, and nothing is the guest's to mount.
 		[plugins.'io.containerd.snapshotter.v1.erofs']
 		  default_size = '64MiB'

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,20 +27,72 @@ func LoopDevice(t *testing.T, file string) string {
 	return device
 }
 
-// WithDisks returns a node of the test's own whose busybox containers have file systems of their own in images, by the
-// snapshotter blockfile or erofs.
+// WithDisks returns a node of the test's own whose busybox containers have file systems of their own, by the snapshotter blockfile,
+// erofs or devmapper.
 func WithDisks(t *testing.T, snapshotter string) *Node {
+	t.Helper()
+	n := New(t, DiskState(t, snapshotter))
+	n.Import(t, Busybox, snapshotter)
+	return n
+}
+
+// DiskState makes the state folder of a node that has such a snapshotter.
+func DiskState(t *testing.T, snapshotter string) (dir string) {
 	t.Helper()
 	dir, err := os.MkdirTemp("/var/tmp", "e2e")
 	if err != nil {
 		t.Fatal(err)
 	}
-	scratch := filepath.Join(dir, "blockfile.ext4")
-	Tool(t, "truncate", "--size", "32M", scratch)
-	Tool(t, "mkfs.ext4", "-q", scratch)
-	// The snapshotter does not load the module, if it is one.
-	_ = exec.Command("modprobe", "erofs").Run()
-	n := New(t, dir)
-	n.Import(t, Busybox, snapshotter)
-	return n
+	PrepareDisks(t, dir, snapshotter)
+	return dir
+}
+
+// PrepareDisks puts into a node's state folder what such a snapshotter needs.
+func PrepareDisks(t *testing.T, dir, snapshotter string) {
+	t.Helper()
+	switch snapshotter {
+	case "blockfile":
+		scratch := filepath.Join(dir, "blockfile.ext4")
+		Tool(t, "truncate", "--size", "32M", scratch)
+		Tool(t, "mkfs.ext4", "-q", scratch)
+	case "erofs":
+		// The snapshotter does not load the module, if it is one.
+		_ = exec.Command("modprobe", "erofs").Run()
+	case "devmapper":
+		if err := os.WriteFile(filepath.Join(dir, "thinpool"), []byte(thinPool(t)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	default:
+		t.Fatalf("%s has no disks", snapshotter)
+	}
+}
+
+// HasThinPools says whether this kernel has thin provisioning, without which there is no snapshotter devmapper, and logs that it
+// has not.
+func HasThinPools(t *testing.T) bool {
+	t.Helper()
+	_ = exec.Command("modprobe", "dm_thin_pool").Run() // it may be built in
+	out, err := exec.Command("dmsetup", "targets").CombinedOutput()
+	has := err == nil && strings.Contains(string(out), "thin-pool")
+	if !has {
+		t.Logf("this kernel has no thin provisioning, nothing was tested: %s", out)
+	}
+	return has
+}
+
+// thinPool makes a thin pool on loop devices that lasts until the end of the test.
+func thinPool(t *testing.T) (name string) {
+	t.Helper()
+	dir := t.TempDir()
+	var devices []string
+	for _, part := range []struct{ name, size string }{{"metadata", "4M"}, {"data", "256M"}} {
+		file := filepath.Join(dir, part.name)
+		Tool(t, "truncate", "--size", part.size, file)
+		devices = append(devices, LoopDevice(t, file))
+	}
+	name = fmt.Sprintf("e2e%d", os.Getpid())
+	// Documentation/admin-guide/device-mapper/thin-provisioning.rst: sizes are in sectors of 512 bytes, blocks are of 64 KiB.
+	Tool(t, "dmsetup", "create", name, "--table", fmt.Sprintf("0 %d thin-pool %s %s 128 1024", 256<<20/512, devices[0], devices[1]))
+	t.Cleanup(func() { Tool(t, "dmsetup", "remove", "--retry", name) })
+	return name
 }

@@ -21,7 +21,7 @@ type hostState map[string]int
 func (s hostState) add(kind, name string) { s[kind+" "+name]++ }
 
 // host looks at everything: the descendants of the supervisor and their namespaces, and all mounts, cgroups, named
-// sockets, network links with their traffic control, loop devices and state files of the machine.
+// sockets, network links with their traffic control, loop devices, mapped devices and state files of the machine.
 func (n *Node) host() (hostState, error) {
 	s := hostState{}
 	self := os.Getpid()
@@ -61,7 +61,7 @@ func (n *Node) host() (hostState, error) {
 	} {
 		s.walk("file", dir, all)
 	}
-	for _, pattern := range []string{n.path("root/io.containerd.snapshotter.v1.*/snapshots/*"), "/sys/block/loop*/loop"} {
+	for _, pattern := range []string{n.path("root/io.containerd.snapshotter.v1.*/snapshots/*"), "/sys/block/loop*/loop", "/sys/block/dm-*/dm"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			return nil, err

@@ -29,8 +29,11 @@ type Node struct {
 	// CRI is the whole API. Calls through it take the context of Context.
 	CRI cri.RuntimeServiceClient
 
-	images cri.ImageServiceClient
-	conn   *grpc.ClientConn
+	// Images is the other half of the API.
+	Images cri.ImageServiceClient
+
+	snapshotter string // of all containers
+	conn        *grpc.ClientConn
 }
 
 var (
@@ -45,7 +48,7 @@ func For(t *testing.T) *Node {
 	mu.Lock()
 	defer mu.Unlock()
 	if shared == nil {
-		shared = connect(t, below)
+		shared = connect(t, below, "overlayfs")
 		shared.prepare(t)
 	}
 	n := shared
@@ -53,7 +56,34 @@ func For(t *testing.T) *Node {
 	return n
 }
 
-func connect(t *testing.T, below *node.Node) *Node {
+// New returns a node of the test's own, see node.New.
+func New(t *testing.T, dir string) *Node {
+	t.Helper()
+	return start(t, dir, "overlayfs")
+}
+
+// WithDisks returns a node of the test's own where all containers have file systems of their own, see node.WithDisks.
+func WithDisks(t *testing.T, snapshotter string) *Node {
+	t.Helper()
+	dir := node.DiskState(t, snapshotter)
+	if err := os.WriteFile(filepath.Join(dir, "snapshotter"), []byte(snapshotter), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return start(t, dir, snapshotter)
+}
+
+func start(t *testing.T, dir, snapshotter string) *Node {
+	t.Helper()
+	n := connect(t, node.New(t, dir), snapshotter)
+	t.Cleanup(func() {
+		n.Collect(t)
+		n.conn.Close()
+	})
+	n.prepare(t)
+	return n
+}
+
+func connect(t *testing.T, below *node.Node, snapshotter string) *Node {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+below.Path("containerd.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -61,7 +91,7 @@ func connect(t *testing.T, below *node.Node) *Node {
 	}
 	n := &Node{
 		Node: below, Handler: os.Getenv("E2E_RUNTIME_HANDLER"),
-		CRI: cri.NewRuntimeServiceClient(conn), images: cri.NewImageServiceClient(conn), conn: conn,
+		CRI: cri.NewRuntimeServiceClient(conn), Images: cri.NewImageServiceClient(conn), snapshotter: snapshotter, conn: conn,
 	}
 	if n.Handler == "" {
 		n.Handler = "microvm"
@@ -85,9 +115,9 @@ func (n *Node) prepare(t *testing.T) {
 // Provide makes sure that CRI has an image. As with Import, no pod may exist yet in this test.
 func (n *Node) Provide(t *testing.T, image string) {
 	t.Helper()
-	n.Import(t, image, "overlayfs")
+	n.Import(t, image, n.snapshotter)
 	node.Until(t, "CRI knows the image "+image, func() bool {
-		r, err := n.images.ImageStatus(n.Context(t), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: image}})
+		r, err := n.Images.ImageStatus(n.Context(t), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: image}})
 		return err == nil && r.Image != nil
 	})
 }
