@@ -79,3 +79,9 @@ func TestErofs(t *testing.T) {
 	n := node.WithDisks(t, "erofs")
 	useOwnDisk(t, n, "erofs", "overlay")
 }
+
+func TestDevmapper(t *testing.T) {
+	if node.HasThinPools(t) {
+		useOwnDisk(t, node.WithDisks(t, "devmapper"), "devmapper", "ext4")
+	}
+}

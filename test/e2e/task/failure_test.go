@@ -95,10 +95,39 @@ func TestFullDiskOfContainerd(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.Remove(dir) })
 	smallDisk(t, dir, 256<<20)
-	state := filepath.Join(dir, "s")
-	n := node.New(t, state)
-	n.MustRun(t, nil, "true")
+	startOnFullDisk(t, node.New(t, filepath.Join(dir, "s")), dir, "overlayfs")
+}
 
+// The same for containers whose file systems are in images: there is no room for another one.
+func TestFullDiskOfImages(t *testing.T) {
+	for _, snapshotter := range []string{"blockfile", "erofs"} {
+		t.Run(snapshotter, func(t *testing.T) {
+			dir, err := os.MkdirTemp("/var/tmp", "e2e")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.Remove(dir) })
+			smallDisk(t, dir, 256<<20)
+			state := filepath.Join(dir, "s")
+			if err := os.Mkdir(state, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			node.PrepareDisks(t, state, snapshotter)
+			n := node.New(t, state)
+			n.Import(t, node.Busybox, snapshotter)
+			startOnFullDisk(t, n, dir, snapshotter)
+		})
+	}
+}
+
+// startOnFullDisk starts a container before, while and after the disk that a node has below dir is full.
+func startOnFullDisk(t *testing.T, n *node.Node, dir, snapshotter string) {
+	t.Helper()
+	run := func(id string) node.Result {
+		t.Helper()
+		return n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm", "--snapshotter", snapshotter}, "echo", "hello")...)
+	}
+	run(n.ID(t)).WantOutput(t, "hello\n")
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		t.Fatal(err)
@@ -108,13 +137,12 @@ func TestFullDiskOfContainerd(t *testing.T) {
 		t.Fatal(err)
 	}
 	id := n.ID(t)
-	r := n.Ctr(t, n.RunArgs(node.Busybox, id, []string{"--rm"}, "true")...)
-	r.WantError(t, "no space left on device")
+	run(id).WantError(t, "space left on device")
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
 	n.Remove(id)
-	n.MustRun(t, nil, "true")
+	run(n.ID(t)).WantOutput(t, "hello\n")
 }
 
 // ctr is killed at different moments of a start. Whatever is there then can be removed, and nothing is left.
