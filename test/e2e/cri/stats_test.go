@@ -64,6 +64,79 @@ func TestContainerStats(t *testing.T) {
 	}
 }
 
+// Processor time is that of programs or that of the kernel, as the processes have it themselves.
+func TestProcessorTimes(t *testing.T) {
+	n := pods.For(t)
+	p := n.Pod(t)
+	// Fields of proc_pid_stat(5), in hundredths of a second: 14 to 17 are the shell's own times in programs and in the kernel, then
+	// those of its children that have ended.
+	const script = `while
+		%s
+		read -r stat </proc/$$/stat
+		set -- $stat
+		user=$((${14} + ${16})) system=$((${15} + ${17}))
+		[ $%s -lt 200 ]
+	do :; done
+	echo $user $system
+	exec sleep 1000`
+	for field, burn := range map[string]string{
+		"user":   "i=0; while [ $i -lt 10000 ]; do i=$((i + 1)); done",
+		"system": "dd if=/dev/zero of=/dev/null bs=1M count=200 2>/dev/null",
+	} {
+		t.Run(field, func(t *testing.T) {
+			c := p.Run(t, pods.Shell(fmt.Sprintf(script, burn, field)))
+			var user, system uint64 // microseconds
+			node.Until(t, "the container has used its time", func() bool {
+				stdout, _ := c.Output(t)
+				fields, err := fmt.Sscan(stdout, &user, &system)
+				return err == nil && fields == 2
+			})
+			user, system = user*1e4, system*1e4
+			got := processorTimes(t, n, c)
+			t.Logf("the container has used %d and %d µs; its metrics: %+v", user, system, got)
+			// Its start is in it too.
+			most := 2 * (user + system)
+			if max(got.user, got.system) < max(user, system)*3/4 || got.total > most {
+				t.Error("these are not its times")
+			}
+			if (got.user > got.system) != (user > system) {
+				t.Error("they are in the wrong fields")
+			}
+			if sum := got.user + got.system; sum < got.total*9/10 || sum > got.total*11/10 {
+				t.Error("they are not the whole")
+			}
+			if usage := containerStats(t, n, c).GetCpu().GetUsageCoreNanoSeconds().GetValue() / 1000; usage < got.total || usage > most {
+				t.Errorf("CRI has %d µs", usage)
+			}
+		})
+	}
+}
+
+// times are in microseconds.
+type times struct{ user, system, total uint64 }
+
+// processorTimes are a container's in the metrics that CRI makes its statistics of.
+func processorTimes(t *testing.T, n *pods.Node, c *pods.Container) times {
+	t.Helper()
+	var m struct {
+		CPU struct {
+			UserUsec   uint64 `json:"user_usec"`
+			SystemUsec uint64 `json:"system_usec"`
+			UsageUsec  uint64 `json:"usage_usec"`
+			// Of cgroups v1, in nanoseconds.
+			Usage *struct{ User, Kernel, Total uint64 }
+		}
+	}
+	out := n.MustCtr(t, "tasks", "metrics", "--format", "json", c.ID).Stdout
+	if err := json.Unmarshal([]byte(out), &m); err != nil {
+		t.Fatalf("metrics: %v: %s", err, out)
+	}
+	if v1 := m.CPU.Usage; v1 != nil {
+		return times{v1.User / 1000, v1.Kernel / 1000, v1.Total / 1000}
+	}
+	return times{m.CPU.UserUsec, m.CPU.SystemUsec, m.CPU.UsageUsec}
+}
+
 // The pod's statistics have its network, its processes and its containers.
 func TestPodStats(t *testing.T) {
 	n := pods.For(t)

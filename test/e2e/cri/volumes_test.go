@@ -169,43 +169,106 @@ func TestFileMount(t *testing.T) {
 	c.Shell(t, "echo three >/etc/mine/ro").WantExit(t, 1)
 }
 
-// The kubelet updates configMaps, secrets and tokens by renaming a symbolic link: ..data points to a new directory.
+// keptVolume is a volume as the kubelet's pkg/volume/util/atomic_writer.go keeps it: ..data leads to the directory of its present
+// version, and key through that to a file.
+type keptVolume struct {
+	t   *testing.T
+	dir string
+	now string // the present version's directory
+}
+
+func newKeptVolume(t *testing.T, version string) *keptVolume {
+	t.Helper()
+	v := &keptVolume{t: t, dir: t.TempDir()}
+	v.update(version, func() {})
+	v.link("..data/key", "key")
+	return v
+}
+
+func (v *keptVolume) link(target, name string) {
+	v.t.Helper()
+	if err := os.Symlink(target, filepath.Join(v.dir, name)); err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+// update makes a version current whose key says its name; about is called at the last moment before.
+func (v *keptVolume) update(version string, about func()) {
+	v.t.Helper()
+	before := v.now
+	v.now = "..v" + version
+	if err := os.Mkdir(filepath.Join(v.dir, v.now), 0o755); err != nil {
+		v.t.Fatal(err)
+	}
+	write(v.t, filepath.Join(v.dir, v.now, "key"), version+"\n")
+	v.link(v.now, "..data_tmp")
+	about()
+	if err := os.Rename(filepath.Join(v.dir, "..data_tmp"), filepath.Join(v.dir, "..data")); err != nil {
+		v.t.Fatal(err)
+	}
+	if before != "" {
+		if err := os.RemoveAll(filepath.Join(v.dir, before)); err != nil {
+			v.t.Fatal(err)
+		}
+	}
+}
+
+// The kubelet's update of a configMap, secret or token is seen whole, and within a second: who looks ten times a second sees it
+// after ten looks at most.
 func TestSymlinkSwap(t *testing.T) {
 	n := pods.For(t)
-	dir := t.TempDir()
-	version := func(i int) {
+	v := newKeptVolume(t, "1")
+	// A number and what was seen, in a line for each look.
+	looks := filepath.Join(t.TempDir(), "looks")
+	write(t, looks, "")
+	c := n.Pod(t).Run(t, pods.Mount(v.dir, "/config", pods.ReadOnly), pods.Mount(looks, "/looks"), pods.Shell(`
+		n=0
+		while :; do
+			n=$((n + 1)) seen=nothing
+			read -r seen </config/key
+			echo $n $seen >>/looks
+			sleep 0.1
+		done`))
+	type look struct {
+		number int
+		seen   string
+	}
+	read := func() (all []look) {
 		t.Helper()
-		data := fmt.Sprintf("..v%d", i)
-		if err := os.Mkdir(filepath.Join(dir, data), 0o755); err != nil {
+		b, err := os.ReadFile(looks)
+		if err != nil {
 			t.Fatal(err)
 		}
-		write(t, filepath.Join(dir, data, "key"), fmt.Sprintf("value %d\n", i))
-		if err := os.Symlink(data, filepath.Join(dir, "..data_tmp")); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")); err != nil {
-			t.Fatal(err)
-		}
-		if i > 1 {
-			if err := os.RemoveAll(filepath.Join(dir, fmt.Sprintf("..v%d", i-1))); err != nil {
-				t.Fatal(err)
+		for line := range strings.Lines(string(b)) {
+			var l look
+			if fields, err := fmt.Sscan(line, &l.number, &l.seen); err == nil && fields == 2 && strings.HasSuffix(line, "\n") {
+				all = append(all, l)
 			}
 		}
+		return all
 	}
-	version(1)
-	if err := os.Symlink("..data/key", filepath.Join(dir, "key")); err != nil {
-		t.Fatal(err)
-	}
-	c := n.Pod(t).Run(t, pods.Mount(dir, "/config", pods.ReadOnly))
-	for i := 1; i <= 3; i++ {
-		if i > 1 {
-			version(i)
-		}
-		node.Until(t, fmt.Sprintf("version %d is seen", i), func() bool {
-			return c.Shell(t, "cat /config/key").Stdout == fmt.Sprintf("value %d\n", i)
+	for i, version := range []string{"2", "3", "4"} {
+		node.Until(t, "the pod looks", func() bool { return len(read()) > 20*(i+1) })
+		var before int
+		v.update(version, func() { before = len(read()) })
+		var after []look
+		node.Until(t, "version "+version+" is seen", func() bool {
+			after = read()[before:]
+			return len(after) > 0 && after[len(after)-1].seen == version
 		})
+		count := 0
+		for ; after[count].seen != version; count++ {
+			if got := after[count].seen; got != fmt.Sprint(i+1) {
+				t.Errorf("look %d, before version %s was there: %q", after[count].number, version, got)
+			}
+		}
+		t.Logf("version %s is seen after %d looks", version, count)
+		// Two for what is between our own look and the change.
+		if count > 12 {
+			t.Errorf("version %s is seen after %d looks", version, count)
+		}
 	}
-	if got := c.Get(t, "readlink /config/key; ls -A /config"); got != "..data/key\n..data\n..v3\nkey" {
+	if got := c.Get(t, "readlink /config/key; ls -A /config"); got != "..data/key\n..data\n..v4\nkey" {
 		t.Errorf("the volume: %q", got)
 	}
 }
@@ -250,40 +313,20 @@ func watch(dir string) int {
 // inotify in the pod tells of the kubelet's update of a volume, and who looks then sees the new content.
 func TestVolumeInotify(t *testing.T) {
 	n := pods.For(t)
-	dir := t.TempDir()
-	version := func(name string) {
-		t.Helper()
-		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		write(t, filepath.Join(dir, name, "key"), name)
-		if err := os.Symlink(name, filepath.Join(dir, "..data_tmp")); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	version("..v1")
-	if err := os.Symlink("..data/key", filepath.Join(dir, "key")); err != nil {
-		t.Fatal(err)
-	}
+	v := newKeptVolume(t, "1")
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := n.Pod(t).Run(t, pods.Mount(dir, "/config", pods.ReadOnly), pods.Mount(self, "/self", pods.ReadOnly), pods.Command("/self", "watch", "/config"))
+	c := n.Pod(t).Run(t, pods.Mount(v.dir, "/config", pods.ReadOnly), pods.Mount(self, "/self", pods.ReadOnly), pods.Command("/self", "watch", "/config"))
 	node.Until(t, "the pod watches", func() bool { stdout, _ := c.Output(t); return stdout == "watching\n" })
-	version("..v2")
-	if err := os.RemoveAll(filepath.Join(dir, "..v1")); err != nil {
-		t.Fatal(err)
-	}
+	v.update("2", func() {})
 	if code := c.Wait(t); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	stdout, _ := c.Output(t)
 	for _, name := range []string{"directory", "file"} {
-		if !strings.Contains(stdout, name+": \"..v2\" <nil>\n") {
+		if !strings.Contains(stdout, name+": \"2\\n\" <nil>\n") {
 			t.Errorf("the watch of the %s: %s", name, stdout)
 		}
 	}
