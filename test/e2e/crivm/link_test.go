@@ -3,7 +3,6 @@
 package crivm
 
 import (
-	"encoding/json"
 	"regexp"
 	"strings"
 	"testing"
@@ -11,29 +10,6 @@ import (
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 	"github.com/microvm-runtime/microvm/test/e2e/internal/pods"
 )
-
-// networkNamespace is the path of the pod's on the host, as crictl inspectp says.
-func networkNamespace(t *testing.T, n *pods.Node, p *pods.Pod) string {
-	t.Helper()
-	var pod struct {
-		Info struct {
-			RuntimeSpec struct {
-				Linux struct{ Namespaces []struct{ Type, Path string } }
-			}
-		}
-	}
-	out := n.MustCrictl(t, "inspectp", p.ID).Stdout
-	if err := json.Unmarshal([]byte(out), &pod); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	for _, namespace := range pod.Info.RuntimeSpec.Linux.Namespaces {
-		if namespace.Type == "network" && namespace.Path != "" {
-			return namespace.Path
-		}
-	}
-	t.Fatalf("crictl inspectp names no network namespace: %s", out)
-	return ""
-}
 
 var macAddress = regexp.MustCompile(`link/ether ([0-9a-f:]{17})`)
 
@@ -52,7 +28,7 @@ func TestLateLink(t *testing.T) {
 	n := pods.For(t)
 	p := n.Pod(t)
 	c := p.Run(t)
-	namespace := networkNamespace(t, n, p)
+	namespace := inspect(t, n, p).networkNamespace(t)
 	host := func(command string) string {
 		t.Helper()
 		return node.Tool(t, strings.Fields(command)...)

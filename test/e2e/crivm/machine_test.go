@@ -211,6 +211,43 @@ func TestMachineFollowsItsContainers(t *testing.T) {
 	node.Until(t, "the machine has shrunk", func() bool { return memTotal(t, first) <= small+64 && first.Get(t, "nproc") == "1" })
 }
 
+// resident is the memory of a process that is its own, in MiB.
+func resident(t *testing.T, pid int) int64 {
+	t.Helper()
+	var kib int64
+	for line := range strings.Lines(hostFile(t, fmt.Sprintf("/proc/%d/status", pid))) {
+		name, value, _ := strings.Cut(line, ":")
+		if name != "RssAnon" && name != "RssShmem" {
+			continue
+		}
+		n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kib += n
+	}
+	return kib >> 10
+}
+
+// Memory that a container has used and freed is the host's again, without a word from anybody.
+func TestFreedMemoryComesBack(t *testing.T) {
+	const used = 200 // MiB
+	n := pods.For(t)
+	p, pid := only(t, n, vmm, func() *pods.Pod { return n.Pod(t) })
+	c := p.Run(t, pods.Shell(fmt.Sprintf(`
+		until [ -e /use ]; do sleep 0.1; done
+		dd if=/dev/zero bs=%dM count=1 2>/dev/null | until [ -e /free ]; do sleep 0.1; done
+		exec sleep 1000000`, used)))
+	before := resident(t, pid)
+	c.Get(t, "touch /use")
+	node.Until(t, "the machine has the memory", func() bool { return resident(t, pid) >= before+used })
+	most := resident(t, pid)
+	c.Get(t, "touch /free")
+	var now int64
+	node.Until(t, "it has given the memory back", func() bool { now = resident(t, pid); return now <= most-used*3/4 })
+	t.Logf("%d MiB before, %d MiB in use, %d MiB when that was freed", before, most, now)
+}
+
 // The guest's kernel panics: only a privileged container can do that to its own machine.
 func TestGuestPanics(t *testing.T) {
 	n := pods.For(t)
