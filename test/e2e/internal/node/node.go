@@ -71,7 +71,7 @@ func For(t *testing.T) *Node {
 	if shared.err != nil {
 		t.Fatalf("start containerd: %v", shared.err)
 	}
-	shared.node.watch(t)
+	shared.node.watch(t, shared.node.LogSize())
 	return shared.node
 }
 
@@ -88,7 +88,7 @@ func New(t *testing.T, dir string, wrapper ...string) *Node {
 	if err := n.script("start"); err != nil {
 		t.Fatalf("start containerd: %v", err)
 	}
-	n.watch(t)
+	n.watch(t, 0)
 	return n
 }
 
@@ -100,19 +100,19 @@ func newNode(dir string) *Node {
 	return n
 }
 
-// watch compares the host after the test with what it is without any container, and logs what containerd said if it failed.
-func (n *Node) watch(t *testing.T) {
+// watch compares the host after the test with what it is without any container, and logs what containerd has said since an offset
+// of its log if it failed.
+func (n *Node) watch(t *testing.T, from int64) {
 	t.Helper()
-	if !n.pods {
-		n.Import(t, Busybox, "overlayfs")
-	}
-	from := n.LogSize()
 	t.Cleanup(func() {
-		n.sameHost(t)
 		if t.Failed() {
 			t.Logf("containerd's log of this test, warnings and the end:\n%s", n.logEnd(from))
 		}
 	})
+	if !n.pods {
+		n.Import(t, Busybox, "overlayfs")
+	}
+	t.Cleanup(func() { n.sameHost(t) })
 }
 
 // Path is that of something in the node's state folder.
