@@ -1,6 +1,7 @@
 #!/bin/bash
 # Runs the black-box tests, a few at a time, where the guest kernel boots.
 # usage: hack/e2e.sh [PATTERN [PACKAGE...]]      (default: all tests of the packages task and vm)
+# PATTERN is that of go test -run: behind a slash, it picks subtests.
 # With E2E_RUNTIME_HANDLER=runc the package cri runs on this host, which checks the tests themselves.
 # E2E_GROUP and E2E_LIMIT are how many tests run in one machine, and for how many seconds at most; what tests write to the
 # directory E2E_REPORT is kept.
@@ -30,11 +31,12 @@ machine() {
 tests() {
 	local package=$1 pattern
 	shift
-	pattern="^($(IFS='|'; echo "$*"))\$"
+	pattern="^($(IFS='|'; echo "$*"))\$$subtests"
 	(cd "test/e2e/$package" && machine "$REPO/bin/e2e-$package.test" -test.v -test.timeout "${LIMIT}s" -test.run "$pattern")
 }
 
-pattern=${1:-.}
+pattern=${1:-.} subtests=
+[[ $pattern != */* ]] || { subtests=/${pattern#*/}; pattern=${pattern%%/*}; }
 shift || :
 [ $# -gt 0 ] || set -- task vm
 for package; do
