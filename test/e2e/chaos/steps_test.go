@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	tasks "github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/api/types/task"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -52,10 +54,38 @@ func starting(t *testing.T, c *trial) string {
 	c.boot(t)
 	c.container = c.pod.Create(t, pods.Shell(counter))
 	err := c.during(t, func() error { return c.container.TryStart(t) })
-	if c.victim == killContainerd {
-		c.containerFate = either
+	if c.victim == killContainerd || c.victim == killEverything {
+		c.containerFate = either // it may be as before, created, and nobody was told of another state
+	} else {
+		c.wantStart(t, err)
 	}
 	return "StartContainer: " + short(err)
+}
+
+// Its init is killed when containerd is told that it runs, which CRI may not be yet.
+func started(t *testing.T, c *trial) string {
+	c.boot(t)
+	c.container = c.pod.Create(t, pods.Shell(counter))
+	done := make(chan error, 1)
+	go func() { done <- c.container.TryStart(t) }()
+	api := newTaskAPI(t, c.node)
+	node.Until(t, "the task runs", func() bool {
+		r, err := api.Get(api.context(t), &tasks.GetRequest{ContainerID: c.container.ID})
+		return err == nil && r.Process.Status == task.Status_RUNNING
+	})
+	c.kill(t)
+	err := <-done
+	c.wantStart(t, err)
+	return "StartContainer: " + short(err)
+}
+
+// wantStart fails the test unless a container's status says the same of its start as the call did.
+func (c *trial) wantStart(t *testing.T, err error) {
+	t.Helper()
+	s := c.container.Status(t)
+	if failed := s.Reason == startError; failed != (err != nil) || failed == (s.StartedAt > 0) {
+		t.Errorf("StartContainer: %v, and the status is %v", err, s)
+	}
 }
 
 func running(t *testing.T, c *trial) string {
@@ -118,12 +148,21 @@ func stopped(t *testing.T, c *trial) string {
 
 func deleting(t *testing.T, c *trial) string {
 	c.boot(t)
+	if c.victim == killInit {
+		c.container = c.pod.Run(t, pods.Shell(counter))
+	}
 	err := c.during(t, func() error {
 		_, err := c.node.CRI.StopPodSandbox(c.node.Context(t), &cri.StopPodSandboxRequest{PodSandboxId: c.pod.ID})
 		return err
 	})
-	if c.victim == killContainerd {
+	switch c.victim {
+	case killContainerd:
 		c.podFate = either
+	case killInit:
+		c.podFate = dies
+		if err != nil {
+			t.Errorf("StopPodSandbox: %v", err)
+		}
 	}
 	return "StopPodSandbox: " + short(err)
 }

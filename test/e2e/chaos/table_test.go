@@ -7,7 +7,10 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	tasks "github.com/containerd/containerd/api/services/tasks/v1"
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
@@ -42,17 +45,23 @@ type step struct {
 }
 
 var (
-	all   = []victim{killShim, killVMM, crashAgent, killContainerd}
-	steps = []step{
-		{"booting", booting, []victim{killShim, killVMM, killContainerd}},
-		{"pod-without-containers", podWithoutContainers, all},
-		{"task-created", taskCreated, []victim{killShim, killVMM, killContainerd, killInit}},
+	// To crash the agent takes a pod that is there, and to kill a container's init a container.
+	onHost    = []victim{killShim, killVMM, killContainerd, killEverything}
+	withAgent = append([]victim{crashAgent}, onHost...)
+	withInit  = append([]victim{killInit}, onHost...)
+	all       = append([]victim{killInit}, withAgent...)
+	steps     = []step{
+		{"booting", booting, onHost},
+		{"pod-without-containers", podWithoutContainers, withAgent},
+		{"task-created", taskCreated, withInit},
 		{"starting", starting, all},
-		{"running", running, []victim{killShim, killVMM, crashAgent, killContainerd, killInit, killEverything}},
-		{"exec", execing, []victim{killShim, killVMM, crashAgent, killContainerd, killInit}},
-		{"stopping", stopping, []victim{killShim, killVMM, crashAgent, killContainerd, killInit}},
-		{"stopped", stopped, all},
+		{"started", started, []victim{killInit}},
+		{"running", running, all},
+		{"exec", execing, all},
+		{"stopping", stopping, all},
+		{"stopped", stopped, withAgent},
 		{"deleting", deleting, all},
+		{"task-deleting", taskDeleting, onHost},
 	}
 )
 
@@ -177,20 +186,50 @@ func (c *trial) during(t *testing.T, call func() error) error {
 	if c.lever != nil {
 		c.lever.await(t) // the call may end it
 	}
-	result := make(chan error, 1)
-	go func() { result <- call() }()
-	if c.victim != crashAgent {
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err = call()
+	}()
+	switch c.victim {
+	case crashAgent:
+		c.kill(t)
+	case killInit:
+		c.killInitBefore(t, done)
+	default:
 		moment()
+		c.kill(t)
 	}
-	c.kill(t)
-	return <-result // the call has a limit of its own
+	<-done // the call has a limit of its own
+	return err
+}
+
+// killInitBefore kills the container's init as soon as there is one, and gives up when a call has ended that it was to be in.
+func (c *trial) killInitBefore(t *testing.T, done <-chan struct{}) {
+	t.Helper()
+	api := newTaskAPI(t, c.node)
+	ctx := api.context(t)
+	for {
+		last := false
+		select {
+		case <-done:
+			last = true
+		default:
+		}
+		_, err := api.Kill(ctx, &tasks.KillRequest{ContainerID: c.container.ID, Signal: uint32(unix.SIGKILL)})
+		if err == nil || last {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // hold stops what would answer: the guest for the shim and for itself, the shim for containerd.
 func (c *trial) hold(t *testing.T) {
 	t.Helper()
 	switch p := c.parts(); c.victim {
-	case killShim, killVMM:
+	case killShim, killVMM, killEverything:
 		stop(t, p.vmms)
 	case killContainerd:
 		stop(t, p.shims)
@@ -235,11 +274,15 @@ func (c *trial) truth(t *testing.T) string {
 		c.container.Exec(t, "echo", "hello").WantOutput(t, "hello\n")
 		return podSeen + ", container runs, exec works"
 	}
-	if code := status.ExitCode; c.containerFate == dies && code == 0 != c.ended {
+	code := status.ExitCode
+	if c.containerFate == dies && code == 0 != c.ended || c.victim == killInit && status.Reason != startError && code != 137 {
 		t.Errorf("exit code %d", code)
 	}
-	return fmt.Sprintf("%s, container %s (%d)", podSeen, crictlStates[status.State], status.ExitCode)
+	return fmt.Sprintf("%s, container %s (%d)", podSeen, crictlStates[status.State], code)
 }
+
+// startError is the reason that CRI gives for the end of a container that could not be started.
+const startError = "StartError"
 
 var crictlStates = map[cri.ContainerState]string{
 	cri.ContainerState_CONTAINER_CREATED: "Created",
