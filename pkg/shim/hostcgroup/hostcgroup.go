@@ -35,6 +35,9 @@ type Group struct {
 	hierarchies []hierarchy
 	// before is where the process was, by mount point.
 	before map[string]string
+	// back are the files by which it returns there. They are opened by Enter:
+	// there may be no descriptor left to be had when it leaves.
+	back []*os.File
 }
 
 // New prepares for the cgroup that a spec's linux.cgroupsPath names, which is
@@ -178,10 +181,15 @@ func steps(mountpoint, path string) []string {
 	return dirs
 }
 
-// Enter makes the cgroup and moves this process into it; children follow. On
-// an error the process is where it was; Leave takes away what was made.
+// Enter makes the cgroup and moves this process into it; children follow. After
+// an error Leave brings the process back to where it was.
 func (g *Group) Enter() error {
 	for _, h := range g.hierarchies {
+		back, err := os.OpenFile(filepath.Join(h.mountpoint, g.before[h.mountpoint], procs), os.O_WRONLY, 0)
+		if err != nil {
+			return fmt.Errorf("the cgroup that the process is in: %w", err)
+		}
+		g.back = append(g.back, back)
 		if err := g.enter(h); err != nil {
 			return fmt.Errorf("cgroup %s: %w", filepath.Join(h.mountpoint, g.path), err)
 		}
@@ -258,18 +266,27 @@ func inheritCpuset(dir string) error {
 	return nil
 }
 
+// procs is the file of a cgroup to which the processes are written that are to
+// be in it.
+const procs = "cgroup.procs"
+
+func own() []byte { return []byte(strconv.Itoa(os.Getpid())) }
+
 func join(dir string) error {
-	return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
+	return os.WriteFile(filepath.Join(dir, procs), own(), 0)
 }
 
-// Leave moves this process back to where it was before Enter.
+// Leave moves this process back to where it was before Enter. It takes no
+// further descriptor.
 func (g *Group) Leave() error {
 	var errs []error
-	for _, h := range g.hierarchies {
-		if err := join(filepath.Join(h.mountpoint, g.before[h.mountpoint])); err != nil {
+	for _, f := range g.back {
+		if _, err := f.Write(own()); err != nil {
 			errs = append(errs, fmt.Errorf("leave cgroup: %w", err))
 		}
+		f.Close()
 	}
+	g.back = nil
 	return errors.Join(errs...)
 }
 

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // The real file systems of the host, whichever version they are.
@@ -36,9 +38,7 @@ func TestEnterAndLeave(t *testing.T) {
 	if n := strings.Count(string(inside), ":"+path+"\n"); n != len(g.hierarchies) {
 		t.Errorf("in %d of %d hierarchies:\n%s", n, len(g.hierarchies), inside)
 	}
-	if err := g.Leave(); err != nil {
-		t.Error(err)
-	}
+	leaveWithoutDescriptors(t, g)
 	after, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		t.Fatal(err)
@@ -53,5 +53,24 @@ func TestEnterAndLeave(t *testing.T) {
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is left: %v", dir, err)
 		}
+	}
+}
+
+// leaveWithoutDescriptors is Leave where no further file can be opened.
+func leaveWithoutDescriptors(t *testing.T, g *Group) {
+	t.Helper()
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	err := g.Leave()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Error(err)
 	}
 }
