@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"testing"
+
+	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 )
 
 // The file system of the shims' own directories is full: a start fails and says so, nothing is left of it, and all is well once
@@ -16,7 +18,7 @@ func TestFullStateDirectory(t *testing.T) {
 		"inodes": "i=0; while touch /run/microvm/ballast$i 2>/dev/null; do i=$((i+1)); done",
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := withMounts(t, `
+			n := node.WithMounts(t, `
 				mkdir -p /run/microvm
 				mount -t tmpfs -o size=64k,nr_inodes=32 tmpfs /run/microvm
 				`+fill)

@@ -3,25 +3,14 @@
 package vm
 
 import (
-	"os"
 	"testing"
 
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 )
 
-// withMounts starts a containerd in a mount namespace of its own, in which a shell script has mounted something.
-func withMounts(t *testing.T, script string) *node.Node {
-	t.Helper()
-	state, err := os.MkdirTemp("/var/tmp", "e2e")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return node.New(t, state, "unshare", "--mount", "sh", "-ec", "SCRATCH="+t.TempDir()+"\n"+script+"\nexec \"$@\"", "sh")
-}
-
 func TestNoKVM(t *testing.T) {
 	// A /dev of its own with the usual devices, but no /dev/kvm.
-	n := withMounts(t, `
+	n := node.WithMounts(t, `
 		mkdir -p "$SCRATCH/dev"
 		mount --rbind /dev "$SCRATCH/dev"
 		mount -t tmpfs tmpfs /dev
@@ -33,14 +22,14 @@ func TestNoKVM(t *testing.T) {
 }
 
 func TestKVMIsAnotherDevice(t *testing.T) {
-	n := withMounts(t, "mount --bind /dev/null /dev/kvm")
+	n := node.WithMounts(t, "mount --bind /dev/null /dev/kvm")
 	n.Run(t, nil, "true").WantError(t, "/dev/kvm", "not KVM's device")
 }
 
 // Root without the right to the device: as in a container whose device rules leave KVM out.
 func TestNoRightToKVM(t *testing.T) {
 	// A file system that allows no devices answers every open of one with EACCES.
-	n := withMounts(t, `
+	n := node.WithMounts(t, `
 		mkdir -p "$SCRATCH/nodev"
 		mount -t tmpfs -o nodev tmpfs "$SCRATCH/nodev"
 		mknod "$SCRATCH/nodev/kvm" c 10 232

@@ -100,3 +100,15 @@ func thinPool(t *testing.T) (name string) {
 	t.Cleanup(func() { Tool(t, "dmsetup", "remove", "--retry", name) })
 	return name
 }
+
+// WithMounts returns a node of the test's own whose containerd is in a mount namespace of its own, in which a shell script has
+// mounted something: $STATE is the node's state folder, $SCRATCH a directory that goes with the test.
+func WithMounts(t *testing.T, script string) *Node {
+	t.Helper()
+	state, err := os.MkdirTemp("/var/tmp", "e2e")
+	if err != nil {
+		t.Fatal(err)
+	}
+	variables := "STATE=" + state + " SCRATCH=" + t.TempDir() + "\n"
+	return New(t, state, "unshare", "--mount", "sh", "-ec", variables+script+"\nexec \"$@\"", "sh")
+}
