@@ -133,7 +133,7 @@ soak: $(GUEST_OF_HANDLER) pod-tools ## start and remove 1000 pods (CYCLES), with
 
 .PHONY: soak-ci
 soak-ci: guest pod-tools
-	E2E_CYCLES=30 hack/e2e.sh '^TestSoak$$' chaos
+	E2E_CYCLES=30 E2E_REPORT=$(CURDIR)/report hack/e2e.sh '^TestSoak$$' chaos
 
 .PHONY: critest
 critest: $(GUEST_OF_HANDLER) pod-tools ## CRI's conformance tests: HANDLER (microvm), SANDBOXER (podsandbox), RUN picks specs

@@ -147,6 +147,8 @@ start() {
 		  address = '$state/containerd.sock'
 		[plugins.'io.containerd.server.v1.ttrpc']
 		  address = '$state/containerd.sock.ttrpc'
+		[plugins.'io.containerd.server.v1.debug']
+		  address = '$state/containerd.sock.debug'
 		[plugins.'io.containerd.shim.v1.manager']
 		  socket_dir = '$state/shims'
 		[plugins.'io.containerd.internal.v1.opt']

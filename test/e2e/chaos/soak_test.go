@@ -3,12 +3,17 @@
 package chaos
 
 import (
+	"context"
 	"encoding/csv"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -27,9 +32,17 @@ const (
 	lateThreads = 5
 	// What serves a request may be under way, and the workers of a device come when there is something for them to do.
 	lateGoroutines = 5
+	// Heaps and caches go up and down by as much as this from one third of the cycles to another: a percentage of what there was,
+	// and some KiB.
+	slackPercent, slackKiB = 10, 4 << 10
+	// containerd (2.4.2) itself keeps 8 KiB of each pod that it has had, also of runc's: HeapAlloc of its profiles, after a
+	// collection. Go lets the heap grow to twice what is in use.
+	daemonKiBPerPod = 16
+	// The pod that stays is not only looked at: every so many cycles something is executed in it.
+	execEvery = 4
 )
 
-// usage of a process at a time. Of containerd the goroutines are not known.
+// usage of a process at a time. Of runc's shim the goroutines are not known.
 type usage struct{ pssKiB, descriptors, threads, goroutines int }
 
 var usageNames = []string{"PSS (KiB)", "descriptors", "threads", "goroutines"}
@@ -37,8 +50,8 @@ var usageNames = []string{"PSS (KiB)", "descriptors", "threads", "goroutines"}
 func (u usage) values() []int { return []int{u.pssKiB, u.descriptors, u.threads, u.goroutines} }
 
 // Pods come and go, with exec and logs: containerd, and the shim and the VMM of a pod that stays, end up with as many
-// descriptors, threads and goroutines as they had. Memory is a figure. E2E_CYCLES says how many pods; a table and a plot
-// of all cycles go to the directory E2E_REPORT.
+// descriptors, threads and goroutines as they had, and with as much memory: of that the medians of the first and the last third
+// of the cycles are compared. E2E_CYCLES says how many pods; a table and a plot of all cycles go to the directory E2E_REPORT.
 func TestSoak(t *testing.T) {
 	n := nodeFor(t)
 	var seen []string
@@ -46,8 +59,8 @@ func TestSoak(t *testing.T) {
 	cycles := 30
 	if s := os.Getenv("E2E_CYCLES"); s != "" {
 		var err error
-		if cycles, err = strconv.Atoi(s); err != nil || cycles <= warmUp {
-			t.Fatalf("E2E_CYCLES is %q, want a number above %d", s, warmUp)
+		if cycles, err = strconv.Atoi(s); err != nil || cycles < warmUp+3 {
+			t.Fatalf("E2E_CYCLES is %q, want a number from %d on", s, warmUp+3)
 		}
 	}
 	report := os.Getenv("E2E_REPORT")
@@ -68,15 +81,21 @@ func TestSoak(t *testing.T) {
 		for _, name := range names {
 			now[name] = usageOf(t, processes[name])
 		}
+		daemon := now["containerd"]
+		daemon.goroutines = goroutinesOfContainerd(t, n)
+		now["containerd"] = daemon
 		if isVM(n) {
 			shim, machine := now["shim"], now["VMM"]
-			shim.goroutines, machine.goroutines = goroutines(t, n, processes["shim"])
+			shim.goroutines, machine.goroutines = goroutinesOfSandbox(t, n, processes["shim"])
 			now["shim"], now["VMM"] = shim, machine
 		}
 		return now
 	}
 	series := map[string][]usage{}
 	for i := range cycles {
+		if i%execEvery == 0 {
+			other.container.Exec(t, "echo", "still here").WantOutput(t, "still here\n")
+		}
 		cycle(t, n, i)
 		if t.Failed() {
 			break
@@ -85,29 +104,45 @@ func TestSoak(t *testing.T) {
 			series[name] = append(series[name], u)
 		}
 	}
-	// What belongs to the last cycle may be on its way out.
 	for _, name := range names {
 		s := series[name]
 		if len(s) < cycles {
 			break
 		}
-		base := s[warmUp-1]
+		base := s[0]
 		for _, u := range s[:warmUp] {
 			base.descriptors, base.threads = max(base.descriptors, u.descriptors), max(base.threads, u.threads)
 			base.goroutines = max(base.goroutines, u.goroutines)
 		}
+		// What belongs to the last cycle may be on its way out, or only wait until its time is over.
 		var last usage
-		if !node.Wait(func() bool { last = measure()[name]; return last.descriptors <= base.descriptors }) {
-			t.Errorf("%s has %d descriptors, after the first cycles it had %d", name, last.descriptors, base.descriptors)
+		node.Wait(func() bool {
+			last = measure()[name]
+			return last.descriptors <= base.descriptors && last.goroutines <= base.goroutines+lateGoroutines
+		})
+		for _, r := range []struct {
+			what             string
+			had, late, found int
+		}{
+			{"descriptors", base.descriptors, 0, last.descriptors},
+			{"threads", base.threads, lateThreads, last.threads},
+			{"goroutines", base.goroutines, lateGoroutines, last.goroutines},
+		} {
+			if r.found > r.had+r.late {
+				t.Errorf("%s has %d %s, after the first cycles it had %d", name, r.found, r.what, r.had)
+			}
 		}
-		if last.threads > base.threads+lateThreads {
-			t.Errorf("%s has %d threads, after the first cycles it had %d", name, last.threads, base.threads)
+		third := (cycles - warmUp) / 3
+		first, end := medianPSS(s[warmUp:warmUp+third]), medianPSS(s[cycles-third:])
+		most := first + first*slackPercent/100 + slackKiB
+		if name == "containerd" {
+			most += daemonKiBPerPod * (cycles - warmUp - third) // from one third's middle to the other's
 		}
-		if last.goroutines > base.goroutines+lateGoroutines {
-			t.Errorf("%s has %d goroutines, after the first cycles it had %d", name, last.goroutines, base.goroutines)
+		if end > most {
+			t.Errorf("%s has %d KiB of memory, after the first cycles it had %d: at most %d are no leak", name, end, first, most)
 		}
 		line := fmt.Sprintf("%s: PSS %d to %d KiB, descriptors %d to %d, threads %d to %d",
-			name, s[warmUp-1].pssKiB, last.pssKiB, base.descriptors, last.descriptors, base.threads, last.threads)
+			name, first, end, base.descriptors, last.descriptors, base.threads, last.threads)
 		if base.goroutines > 0 {
 			line += fmt.Sprintf(", goroutines %d to %d", base.goroutines, last.goroutines)
 		}
@@ -169,10 +204,52 @@ func usageNow(pid int) (usage, error) {
 	return u, nil
 }
 
+// medianPSS of some cycles: what a single one of them happens to add, or to have given back, is left out.
+func medianPSS(cycles []usage) int {
+	var all []int
+	for _, u := range cycles {
+		all = append(all, u.pssKiB)
+	}
+	slices.Sort(all)
+	return all[len(all)/2]
+}
+
+var goroutinesProfiled = regexp.MustCompile(`^goroutine profile: total ([0-9]+)\n`)
+
+// goroutinesOfContainerd asks its debug socket, which has what net/http/pprof serves.
+func goroutinesOfContainerd(t *testing.T, n *pods.Node) int {
+	t.Helper()
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true, // or the connection's would be among them from the second time on
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", n.Path("containerd.sock.debug"))
+		},
+	}}
+	request, err := http.NewRequestWithContext(n.Context(t), http.MethodGet, "http://containerd/debug/pprof/goroutine?debug=1", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	profile, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := goroutinesProfiled.FindSubmatch(profile)
+	if found == nil {
+		t.Fatalf("containerd's profile begins with %.100q", profile)
+	}
+	count, _ := strconv.Atoi(string(found[1]))
+	return count
+}
+
 var goroutinesLogged = regexp.MustCompile(` goroutines=([0-9]+) .*vmm_goroutines=([0-9]+)\s`)
 
-// goroutines are those of a shim and its VMM, which the shim writes to its log when it is asked.
-func goroutines(t *testing.T, n *pods.Node, shim int) (ofShim, ofVMM int) {
+// goroutinesOfSandbox are those of a shim and its VMM, which the shim writes to its log when it is asked.
+func goroutinesOfSandbox(t *testing.T, n *pods.Node, shim int) (ofShim, ofVMM int) {
 	t.Helper()
 	from := n.LogSize()
 	if err := unix.Kill(shim, unix.SIGUSR1); err != nil {
