@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -51,17 +52,16 @@ func (u usage) values() []int { return []int{u.pssKiB, u.descriptors, u.threads,
 
 // Pods come and go, with exec and logs: containerd, and the shim and the VMM of a pod that stays, end up with as many
 // descriptors, threads and goroutines as they had, and with as much memory: of that the medians of the first and the last third
-// of the cycles are compared. E2E_CYCLES says how many pods; a table and a plot of all cycles go to the directory E2E_REPORT.
+// of the cycles are compared. E2E_CYCLES says how many pods, and E2E_SIDE_BY_SIDE how many of them a cycle has; a table and a plot of all
+// cycles go to the directory E2E_REPORT.
 func TestSoak(t *testing.T) {
 	n := nodeFor(t)
 	var seen []string
 	defer func() { promise(t, seen...) }()
-	cycles := 30
-	if s := os.Getenv("E2E_CYCLES"); s != "" {
-		var err error
-		if cycles, err = strconv.Atoi(s); err != nil || cycles < warmUp+3 {
-			t.Fatalf("E2E_CYCLES is %q, want a number from %d on", s, warmUp+3)
-		}
+	count, sideBySide := number(t, "E2E_CYCLES", 30), number(t, "E2E_SIDE_BY_SIDE", 1)
+	cycles := count / sideBySide
+	if cycles < warmUp+3 || count%sideBySide != 0 {
+		t.Fatalf("%d pods, %d at a time: want %d cycles or more, and none left over", count, sideBySide, warmUp+3)
 	}
 	report := os.Getenv("E2E_REPORT")
 	if report == "" {
@@ -96,7 +96,12 @@ func TestSoak(t *testing.T) {
 		if i%execEvery == 0 {
 			other.container.Exec(t, "echo", "still here").WantOutput(t, "still here\n")
 		}
-		cycle(t, n, i)
+		var lanes sync.WaitGroup
+		for lane := range sideBySide {
+			lanes.Go(func() { podOf(t, n, i*sideBySide+lane) }) // one that fails ends its goroutine
+		}
+		lanes.Wait()
+		n.Collect(t)
 		if t.Failed() {
 			break
 		}
@@ -136,7 +141,7 @@ func TestSoak(t *testing.T) {
 		first, end := medianPSS(s[warmUp:warmUp+third]), medianPSS(s[cycles-third:])
 		most := first + first*slackPercent/100 + slackKiB
 		if name == "containerd" {
-			most += daemonKiBPerPod * (cycles - warmUp - third) // from one third's middle to the other's
+			most += daemonKiBPerPod * sideBySide * (cycles - warmUp - third) // from one third's middle to the other's
 		}
 		if end > most {
 			t.Errorf("%s has %d KiB of memory, after the first cycles it had %d: at most %d are no leak", name, end, first, most)
@@ -156,11 +161,11 @@ func TestSoak(t *testing.T) {
 	}
 	n.Collect(t)
 	n.WantHost(t, host)
-	seen = append(seen, fmt.Sprintf("%d pods", len(series["containerd"])), other.goesOn(t, true), "host as before")
+	seen = append(seen, fmt.Sprintf("%d pods, %d at a time", len(series["containerd"])*sideBySide, sideBySide), other.goesOn(t, true), "host as before")
 }
 
-// cycle is a pod from its start to its removal.
-func cycle(t *testing.T, n *pods.Node, i int) {
+// podOf is the i-th pod, from its start to its removal.
+func podOf(t *testing.T, n *pods.Node, i int) {
 	t.Helper()
 	p := n.Pod(t)
 	c := p.Run(t, pods.Shell(fmt.Sprintf("trap 'exit 3' TERM; echo hello %d; while :; do sleep 1000 & wait; done", i)))
@@ -174,7 +179,20 @@ func cycle(t *testing.T, n *pods.Node, i int) {
 		t.Errorf("exit code %d", code)
 	}
 	p.Remove(t)
-	n.Collect(t)
+}
+
+// number is a variable of the environment.
+func number(t *testing.T, name string, otherwise int) int {
+	t.Helper()
+	s := os.Getenv(name)
+	if s == "" {
+		return otherwise
+	}
+	i, err := strconv.Atoi(s)
+	if err != nil || i < 1 {
+		t.Fatalf("%s is %q, want a number from 1 on", name, s)
+	}
+	return i
 }
 
 func usageOf(t *testing.T, pid int) usage {
