@@ -48,6 +48,7 @@ func registers([]string) (attack, error) {
 	if err != nil {
 		return nil, err
 	}
+	fmt.Println("prepared:", devices)
 	return func(round int) (string, error) {
 		if round < 3 {
 			var some []*device
