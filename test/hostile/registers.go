@@ -19,8 +19,9 @@ var deviceNames = map[uint16]string{
 	0x1053: "vsock", 0x1058: "mem", 0x105a: "fs", 0x105b: "pmem",
 }
 
-// needed are the devices without which the guest, or what it has to say, ends.
-var needed = map[string]bool{"console": true, "vsock": true, "fs": true, "pmem": true}
+// needed are the devices without which the guest, or what it has to say, ends. The balloon is one: it takes as free, and from the
+// guest, whatever memory it is told of.
+var needed = map[string]bool{"console": true, "vsock": true, "fs": true, "pmem": true, "balloon": true}
 
 // A device is one of the guest's, taken from its driver's hands.
 type device struct {
@@ -69,7 +70,7 @@ func registers([]string) (attack, error) {
 			time.Sleep(time.Second) // for the line to get out
 		}
 		// The later in this list, the sooner the guest ends.
-		for _, name := range []string{"net", "blk", "rng", "balloon", "mem", "fs", "pmem", "console", "vsock"} {
+		for _, name := range []string{"net", "blk", "rng", "mem", "fs", "pmem", "console", "vsock", "balloon"} {
 			for _, d := range devices {
 				if d.name == name {
 					d.drive(mem, 200)
