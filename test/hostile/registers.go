@@ -33,9 +33,11 @@ type device struct {
 // Where pkg/vmm/virtio/virtiopci has what in the BAR: a page each. The attack need not ask the capabilities.
 const (
 	commonPage = 0x0000
-	notifyPage = 0x3000
-	tablePage  = 0x4000
-	barSize    = 0x8000
+	// In there from queue_desc to behind queue_device: virtio 1.2, section 4.1.4.3.
+	queueAddresses, queueAddressesEnd = 0x20, 0x38
+	notifyPage                        = 0x3000
+	tablePage                         = 0x4000
+	barSize                           = 0x8000
 )
 
 // registers attacks the devices from below their drivers: as a driver with rings full of junk, then with junk in every register.
@@ -57,7 +59,9 @@ func registers([]string) (attack, error) {
 				if !needed[d.name] {
 					some = append(some, d)
 					d.drive(mem, 200)
+					fmt.Println("driven:", d)
 					d.junk(mem, 200, false)
+					fmt.Println("filled with junk:", d)
 				}
 			}
 			if err := junkPorts(200); err != nil {
@@ -258,13 +262,16 @@ func (m *pages) junk() {
 	le.PutUint16(m.avail.bytes[2:], index)
 }
 
-// junk writes to registers. Unless everything may break, it leaves alone what would: interrupts, where the BAR is, and addresses in
-// the guest's memory that are not this program's.
+// junk writes to registers. Unless everything may break, it leaves alone what would: interrupts, where the BAR is, and where queues
+// are, of which a part that is overwritten makes an address in the guest's memory that is not this program's.
 func (d *device) junk(m *pages, writes int, everything bool) {
 	for range writes {
 		offset := [...]uint32{
 			commonPage + rand.Uint32N(0x40), commonPage + rand.Uint32N(0x40), commonPage + 0x14, rand.Uint32N(barSize), notifyPage + 4*rand.Uint32N(16),
 		}[rand.IntN(5)]
+		if !everything && offset >= queueAddresses && offset < queueAddressesEnd {
+			continue
+		}
 		values := []uint32{0, 1, 3, 0xb, 0xf, 0x80, 0xff, 1 << 31, 1<<32 - 1, uint32(m.desc.address), rand.Uint32() | 0xc0000000}
 		if everything {
 			values = append(values, rand.Uint32(), rand.Uint32N(1<<16))
