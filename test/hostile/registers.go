@@ -27,7 +27,7 @@ var needed = map[string]bool{"console": true, "vsock": true, "fs": true, "pmem":
 type device struct {
 	name   string
 	config *os.File // PCI configuration space
-	bar    []byte   // BAR 0, mapped: registers.word and its like are how to get at it
+	bar    []byte   // BAR 0, mapped; registers_unsafe.go has how to get at it
 }
 
 // Where pkg/vmm/virtio/virtiopci has what in the BAR: a page each. The attack need not ask the capabilities.
