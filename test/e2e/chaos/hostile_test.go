@@ -69,9 +69,14 @@ func TestHostileContainer(t *testing.T) {
 			attacker := p.Run(t, pods.Privileged, pods.Mount(share, "/share"), pods.Shell(row.command),
 				pods.Mount(filepath.Join(node.Top(), "bin/hostile"), "/hostile", pods.ReadOnly))
 			whole := attackUntil(t, attacker, row.until, toll)
-			switch data, err := os.ReadFile(attacker.Log); {
-			case err != nil:
+			data, err := os.ReadFile(attacker.Log)
+			if err != nil {
 				t.Fatal(err)
+			}
+			if !whole {
+				t.Logf("the attack has ended; its log begins with:\n%.3000s", data)
+			}
+			switch {
 			case !whole && !(row.ends && strings.Contains(string(data), " F prepared: ")):
 				t.Fatalf("the attack does not go on: %s", tail(data))
 			case row.execs > 0:
