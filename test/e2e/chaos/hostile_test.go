@@ -119,13 +119,14 @@ func attackUntil(t *testing.T, attacker *pods.Container, line string, toll *toll
 	t.Helper()
 	var log []byte
 	for !strings.Contains(string(log), " F "+line+"\n") {
-		before := len(log)
+		before, ended := len(log), false
 		goesOn := node.Wait(func() bool {
 			toll.take(t)
+			ended = attacker.Status(t).State == cri.ContainerState_CONTAINER_EXITED
 			log, _ = os.ReadFile(attacker.Log) // not there before the start
-			return len(log) > before
+			return ended || len(log) > before
 		})
-		if !goesOn || attacker.Status(t).State == cri.ContainerState_CONTAINER_EXITED {
+		if !goesOn || ended {
 			return false
 		}
 	}
