@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -592,9 +591,7 @@ func (f *fixture) bundle(change func(*specs.Spec), args ...string) string {
 		f.t.Fatal(err)
 	}
 	dir := f.t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "config.json"), data, 0o600); err != nil {
-		f.t.Fatal(err)
-	}
+	writeConfig(f.t, dir, data)
 	return dir
 }
 

@@ -4,7 +4,6 @@ package shim
 
 import (
 	"context"
-	"encoding/json"
 	"io"
 	"net"
 	"os"
@@ -113,26 +112,13 @@ func joined(t *testing.T, path string) (taps, qdiscs int) {
 // enterNamespace changes a bundle.
 func enterNamespace(t *testing.T, bundle, path string) {
 	t.Helper()
-	file := filepath.Join(bundle, "config.json")
-	data, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var spec specs.Spec
-	if err := json.Unmarshal(data, &spec); err != nil {
-		t.Fatal(err)
-	}
-	for i := range spec.Linux.Namespaces {
-		if spec.Linux.Namespaces[i].Type == specs.NetworkNamespace {
-			spec.Linux.Namespaces[i].Path = path
+	editSpec(t, bundle, func(spec *specs.Spec) {
+		for i := range spec.Linux.Namespaces {
+			if spec.Linux.Namespaces[i].Type == specs.NetworkNamespace {
+				spec.Linux.Namespaces[i].Path = path
+			}
 		}
-	}
-	if data, err = json.Marshal(spec); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(file, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	})
 }
 
 // The namespace of a pod is left as it was, by the shim or, if that was killed,

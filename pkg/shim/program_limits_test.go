@@ -72,20 +72,14 @@ func TestEndWithoutDescriptors(t *testing.T) {
 
 func editSpec(t *testing.T, bundle string, edit func(*specs.Spec)) {
 	t.Helper()
-	path := filepath.Join(bundle, "config.json")
-	data, err := os.ReadFile(path)
+	spec, err := readSpec(bundle)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var spec specs.Spec
-	if err := json.Unmarshal(data, &spec); err != nil {
+	edit(spec)
+	data, err := json.Marshal(spec)
+	if err != nil {
 		t.Fatal(err)
 	}
-	edit(&spec)
-	if data, err = json.Marshal(spec); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeConfig(t, bundle, data)
 }

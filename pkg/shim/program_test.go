@@ -166,9 +166,7 @@ func (n *node) bundle(id string, annotations map[string]string) string {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "config.json"), data, 0o600); err != nil {
-		n.t.Fatal(err)
-	}
+	writeConfig(n.t, dir, data)
 	return dir
 }
 
@@ -553,9 +551,7 @@ func TestBadStart(t *testing.T) {
 	}
 	badGroup := n.bundle("c2", map[string]string{groupAnnotations[0]: "../../etc"})
 	badSpec := n.bundle("c3", nil)
-	if err := os.WriteFile(filepath.Join(badSpec, "config.json"), []byte("{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeConfig(t, badSpec, []byte("{"))
 	for _, test := range []struct {
 		name, bundle string
 		stdin        []byte
