@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
+	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
 	"github.com/microvm-runtime/microvm/pkg/shim/agenttest"
 )
 
@@ -60,7 +61,7 @@ func beAgent(lie string) {
 		if lies[lie] == nil {
 			return fmt.Errorf("no such lie: %s", lie)
 		}
-		conn, err := vsock.Dial(vsock.Host, controlPort, nil)
+		conn, err := vsock.Dial(vsock.Host, agentclient.ControlPort, nil)
 		if err != nil {
 			return err
 		}
@@ -90,7 +91,7 @@ func frame(stream uint32, payload []byte) []byte {
 // liar has a guest start, and containers, as far as the shim can tell. Then nothing is true: processes run and end as nobody has
 // asked, what they write does not end, and all there is to hear are kills for want of memory.
 func liar(conn net.Conn) error {
-	streams, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, streamPort, nil)
+	streams, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, agentclient.StreamPort, nil)
 	if err != nil {
 		return err
 	}

@@ -6,15 +6,12 @@ import (
 	"math/rand/v2"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/shim/agentclient"
 )
 
-const (
-	controlPort = 1024 // of the host: pkg/agentproto
-	streamPort  = 1025 // of the guest
-
-	// connections are more than the device has.
-	connections = 1200
-)
+// connections are more than the device has.
+const connections = 1200
 
 // vsockFlood opens connections to the host by the thousand: to the port that the shim listens on, and to others. Some say nothing,
 // some send and never read, some end their half; they stay until the next round.
@@ -41,9 +38,9 @@ func vsockFlood([]string) (attack, error) {
 				continue // the guest's kernel has not that kind, or enough
 			}
 			open = append(open, fd)
-			port := uint32(controlPort)
+			port := uint32(agentclient.ControlPort)
 			if i%2 == 1 {
-				port = [...]uint32{0, 1, streamPort, 1 << 30, 1<<30 + uint32(i), 1<<32 - 2, rand.Uint32()}[i/2%7]
+				port = [...]uint32{0, 1, agentclient.StreamPort, 1 << 30, 1<<30 + uint32(i), 1<<32 - 2, rand.Uint32()}[i/2%7]
 			}
 			_ = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: port}) // goes on by itself
 		}

@@ -56,10 +56,7 @@ func TestNoDescriptors(t *testing.T) {
 
 			limitDescriptors(t, pid, 3)
 			n.MustCrictl(t, "rmp", "--force", p.ID)
-			node.Until(t, "shim and VMM have ended", func() bool {
-				left := parts(n).without(before)
-				return len(left.shims)+len(left.vmms) == 0
-			})
+			untilEnded(t, n, before)
 			seen = append(seen, "crictl rmp --force without descriptors", other.goesOn(t, true))
 			n.Collect(t)
 			if now := n.WantHost(t, host); !t.Failed() {
@@ -138,14 +135,7 @@ func TestFullLogDisk(t *testing.T) {
 	defer func() { promise(t, seen...) }()
 	other := newBystander(t, n)
 	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=65536"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
+	node.Tmpfs(t, dir, "size=65536")
 	n.Collect(t)
 	host := n.Snapshot(t)
 	p := n.Pod(t, func(c *cri.PodSandboxConfig) { c.LogDirectory = dir })

@@ -56,10 +56,7 @@ func TestFullStateDirectory(t *testing.T) {
 			}
 			n.MustCtr(t, "tasks", "delete", "--force", id)
 			n.MustCtr(t, "containers", "rm", id)
-			node.Until(t, "shim and VMM have ended", func() bool {
-				left := parts(first).without(before)
-				return len(left.shims)+len(left.vmms) == 0
-			})
+			untilEnded(t, first, before)
 			seen = append(seen, "ctr task delete --force while it is full")
 			if err := os.RemoveAll(ballast); err != nil {
 				t.Fatal(err)

@@ -90,6 +90,15 @@ func (p sandboxParts) without(before sandboxParts) sandboxParts {
 	return p
 }
 
+// untilEnded waits until there is no sandbox but those that were there before.
+func untilEnded(t *testing.T, n *pods.Node, before sandboxParts) {
+	t.Helper()
+	node.Until(t, "shim and VMM have ended", func() bool {
+		left := parts(n).without(before)
+		return len(left.shims)+len(left.vmms) == 0
+	})
+}
+
 func one(t *testing.T, what string, found map[int]string) (pid int) {
 	t.Helper()
 	if len(found) != 1 {

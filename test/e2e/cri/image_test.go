@@ -170,7 +170,7 @@ func smallDisk(t *testing.T, bytes int) (dir string) {
 			t.Error(err)
 		}
 	})
-	mountTmpfs(t, dir, fmt.Sprint("mode=711,size=", bytes))
+	node.Tmpfs(t, dir, fmt.Sprint("mode=711,size=", bytes))
 	return dir
 }
 

@@ -127,10 +127,7 @@ func processorTimes(t *testing.T, n *pods.Node, c *pods.Container) times {
 			Usage *struct{ User, Kernel, Total uint64 }
 		}
 	}
-	out := n.MustCtr(t, "tasks", "metrics", "--format", "json", c.ID).Stdout
-	if err := json.Unmarshal([]byte(out), &m); err != nil {
-		t.Fatalf("metrics: %v: %s", err, out)
-	}
+	n.Metrics(t, c.ID, &m)
 	if v1 := m.CPU.Usage; v1 != nil {
 		return times{v1.User / 1000, v1.Kernel / 1000, v1.Total / 1000}
 	}

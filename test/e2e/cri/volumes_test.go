@@ -21,23 +21,6 @@ func propagation(p cri.MountPropagation) func(*cri.Mount) {
 	return func(m *cri.Mount) { m.Propagation = p }
 }
 
-// mountTmpfs mounts a tmpfs on the host, as the kubelet does for an emptyDir of medium Memory, until the end of the test.
-// The pod that uses it must be made afterwards, so that it is removed before.
-func mountTmpfs(t *testing.T, dir, options string) {
-	t.Helper()
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
-}
-
 // Directories of the host, writable and not: what is written on one side is there on the other.
 func TestHostPath(t *testing.T) {
 	n := pods.For(t)
@@ -336,7 +319,7 @@ func TestVolumeInotify(t *testing.T) {
 func TestRecursiveReadOnly(t *testing.T) {
 	n := pods.For(t)
 	dir := t.TempDir()
-	mountTmpfs(t, filepath.Join(dir, "below"), "")
+	node.Tmpfs(t, filepath.Join(dir, "below"), "")
 	c := n.Pod(t).Run(t,
 		pods.Mount(dir, "/rro", pods.ReadOnly, func(m *cri.Mount) { m.RecursiveReadOnly = true }, propagation(cri.MountPropagation_PROPAGATION_PRIVATE)),
 		pods.Mount(dir, "/ro", pods.ReadOnly))
@@ -354,7 +337,7 @@ func TestPropagationHostToContainer(t *testing.T) {
 	n := pods.For(t)
 	// The parent must be a shared mount; the kubelet's directory is.
 	parent := t.TempDir()
-	mountTmpfs(t, parent, "")
+	node.Tmpfs(t, parent, "")
 	if err := unix.Mount("", parent, "", unix.MS_SHARED, ""); err != nil {
 		t.Fatal(err)
 	}
@@ -418,7 +401,7 @@ func TestMemoryEmptyDir(t *testing.T) {
 	// Where the kubelet has it.
 	config := n.PodConfig(t)
 	dir := filepath.Join(t.TempDir(), "pods", config.Metadata.Uid, "volumes/kubernetes.io~empty-dir/memory")
-	mountTmpfs(t, dir, "size=8m,mode=2777,gid=4000")
+	node.Tmpfs(t, dir, "size=8m,mode=2777,gid=4000")
 	p, err := n.TryPod(t, config)
 	if err != nil {
 		t.Fatal(err)

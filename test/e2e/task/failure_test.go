@@ -61,23 +61,10 @@ func TestBadInput(t *testing.T) {
 	n.MustRun(t, nil, "true")
 }
 
-// smallDisk mounts a tmpfs of a few bytes and takes it away at the end of the test.
-func smallDisk(t *testing.T, dir string, bytes int) {
-	t.Helper()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprint("size=", bytes)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
-}
-
 func TestFullDiskInContainer(t *testing.T) {
 	n := node.For(t)
 	dir := t.TempDir()
-	smallDisk(t, dir, 1<<20)
+	node.Tmpfs(t, dir, fmt.Sprint("size=", 1<<20))
 	r := n.Run(t, []string{"--mount", "type=bind,src=" + dir + ",dst=/dir,options=rbind:rw"},
 		"dd", "if=/dev/zero", "of=/dir/file", "bs=64k", "count=100")
 	r.WantError(t, "No space left on device")
@@ -94,7 +81,7 @@ func TestFullDiskOfContainerd(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.Remove(dir) })
-	smallDisk(t, dir, 256<<20)
+	node.Tmpfs(t, dir, fmt.Sprint("size=", 256<<20))
 	startOnFullDisk(t, node.New(t, filepath.Join(dir, "s")), dir, "overlayfs")
 }
 
@@ -107,7 +94,7 @@ func TestFullDiskOfImages(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = os.Remove(dir) })
-			smallDisk(t, dir, 256<<20)
+			node.Tmpfs(t, dir, fmt.Sprint("size=", 256<<20))
 			state := filepath.Join(dir, "s")
 			if err := os.Mkdir(state, 0o755); err != nil {
 				t.Fatal(err)

@@ -140,10 +140,7 @@ func TestMetrics(t *testing.T) {
 	}
 	var usage uint64
 	node.Until(t, "the metrics show the memory in use, and two processes", func() bool {
-		out := n.MustCtr(t, "tasks", "metrics", "--format", "json", id).Stdout
-		if err := json.Unmarshal([]byte(out), &m); err != nil {
-			t.Fatalf("metrics are not JSON: %v: %s", err, out)
-		}
+		out := n.Metrics(t, id, &m)
 		var v1 struct {
 			Usage uint64 `json:"usage"`
 		}

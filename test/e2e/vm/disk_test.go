@@ -3,7 +3,6 @@
 package vm
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -37,10 +36,7 @@ func TestDiskMetrics(t *testing.T) {
 				Usage []struct{ Rbytes, Wbytes uint64 }
 			}
 		}
-		out := n.MustCtr(t, "tasks", "metrics", "--format", "json", id).Stdout
-		if err := json.Unmarshal([]byte(out), &m); err != nil {
-			t.Fatalf("metrics: %v: %s", err, out)
-		}
+		n.Metrics(t, id, &m)
 		r, w = 0, 0
 		for _, device := range m.IO.Usage {
 			r, w = r+device.Rbytes, w+device.Wbytes

@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os/exec"
@@ -84,6 +85,16 @@ func finish(t *testing.T, ctx context.Context, c *exec.Cmd, stdin string) Result
 		t.Fatalf("%s: %v", c, err)
 	}
 	return r
+}
+
+// Metrics reads what ctr says of a task's into a variable for JSON, and returns it as text.
+func (n *Node) Metrics(t *testing.T, id string, into any) string {
+	t.Helper()
+	out := n.MustCtr(t, "tasks", "metrics", "--format", "json", id).Stdout
+	if err := json.Unmarshal([]byte(out), into); err != nil {
+		t.Fatalf("metrics: %v: %s", err, out)
+	}
+	return out
 }
 
 // MustCtr fails the test unless ctr succeeds.

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // Tool runs a program of the host that has to succeed, and returns what it says.
@@ -25,6 +27,23 @@ func LoopDevice(t *testing.T, file string) string {
 	device := Tool(t, "losetup", "--find", "--show", file)
 	t.Cleanup(func() { Tool(t, "losetup", "--detach", device) })
 	return device
+}
+
+// Tmpfs mounts one on the host until the end of the test. Whoever uses it, a pod or a node, must be made afterwards, so that it is
+// removed before.
+func Tmpfs(t *testing.T, dir, options string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
 }
 
 // WithDisks returns a node of the test's own whose busybox containers have file systems of their own, by the snapshotter blockfile,
