@@ -42,6 +42,8 @@ const (
 	daemonKiBPerPod, daemonKiB = 16, 12 << 10
 	// The pod that stays is not only looked at: every so many cycles something is executed in it.
 	execEvery = 4
+	// Hours are long to wait without a word.
+	tellEvery = 5
 )
 
 // usage of a process at a time. Of runc's shim the goroutines are not known.
@@ -106,8 +108,12 @@ func TestSoak(t *testing.T) {
 		if t.Failed() {
 			break
 		}
-		for name, u := range measure() {
+		now := measure()
+		for name, u := range now {
 			series[name] = append(series[name], u)
+		}
+		if (i+1)%tellEvery == 0 {
+			t.Logf("%d of %d pods: %+v", (i+1)*sideBySide, count, now)
 		}
 	}
 	for _, name := range names {
