@@ -345,6 +345,9 @@ func (v *VMM) call(ctx context.Context, method string, body any, files ...*os.Fi
 			closeAll(r.files)
 			return reply{}, errors.New(printable.String(r.Error, maxText))
 		}
+		if r.noRoom {
+			return reply{}, errNoRoom("shim")
+		}
 		return r, nil
 	case <-ctx.Done():
 		v.abandon(id, ch)

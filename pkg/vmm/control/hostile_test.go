@@ -280,6 +280,101 @@ func TestVMMThatDoesNotRead(t *testing.T) {
 	}
 }
 
+// TestNoDescriptorsLeft: where the kernel finds no room for the descriptor that an
+// answer comes with, the request fails, and not the whole machine.
+func TestNoDescriptorsLeft(t *testing.T) {
+	v, theirs, read := hostileVMM(t)
+	a, b, err := Socketpair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	defer b.Close()
+	before := descriptors(t)
+	withoutRoom(t, func() {
+		theirs.send(t.Context(), message{Method: noteAccepted, Body: json.RawMessage(`{"port":1024}`)}, nil, b)
+		var dial sync.WaitGroup
+		dial.Go(func() {
+			if _, err := v.Dial(t.Context(), 1025); !errors.Is(err, unix.EMFILE) {
+				t.Errorf("Dial: %v", err)
+			}
+		})
+		buf, oob := scratch()
+		m, _, err := theirs.receive(buf, oob)
+		if err == nil {
+			err = theirs.send(t.Context(), message{ID: m.ID}, nil, b)
+		}
+		if err != nil {
+			t.Error(err)
+			theirs.unix.Close()
+		}
+		dial.Wait()
+	})
+	if len(v.accept[1024]) > 0 {
+		t.Error("a connection was accepted that has not arrived")
+	}
+	if n := descriptors(t); n != before {
+		t.Errorf("%d descriptors, there were %d", n, before)
+	}
+
+	go func() {
+		buf, oob := scratch()
+		if m, _, err := theirs.receive(buf, oob); err == nil {
+			theirs.send(t.Context(), message{ID: m.ID}, nil, b)
+		}
+	}()
+	c, err := v.Dial(t.Context(), 1025)
+	if err != nil {
+		t.Fatalf("later: %v", err)
+	}
+	c.Close()
+	theirs.unix.Close()
+	read.Wait()
+	v.conn.unix.Close()
+}
+
+// TestNoDescriptorsLeftInVMM is the same for a device's descriptors on their way to
+// the VMM.
+func TestNoDescriptorsLeftInVMM(t *testing.T) {
+	v, theirs, read := hostileVMM(t)
+	file := tempFile(t, "")
+	var served sync.WaitGroup
+	served.Go(func() {
+		s := Server{conn: theirs}
+		s.Serve(Handler{AttachDisk: func(_ Disk, file *os.File) (string, error) { return "0000:00:07.0", file.Close() }})
+	})
+	withoutRoom(t, func() {
+		if _, err := v.AttachDisk(t.Context(), Disk{}, file); err == nil || !strings.Contains(err.Error(), "the VMM has no room") {
+			t.Errorf("AttachDisk: %v", err)
+		}
+	})
+	if at, err := v.AttachDisk(t.Context(), Disk{}, file); err != nil || at != "0000:00:07.0" {
+		t.Errorf("later: %q, %v", at, err)
+	}
+	v.conn.unix.Close()
+	served.Wait()
+	theirs.unix.Close()
+	read.Wait()
+}
+
+// withoutRoom calls f while the process can have no further descriptor.
+func withoutRoom(t *testing.T, f func()) {
+	t.Helper()
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	f()
+}
+
 // TestPatience: nobody waits for the other end's reading without a bound, who has
 // none of his own least of all.
 func TestPatience(t *testing.T) {

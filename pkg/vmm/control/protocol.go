@@ -217,6 +217,8 @@ type message struct {
 	Method string          `json:"method,omitempty"`
 	Error  string          `json:"error,omitempty"`
 	Body   json.RawMessage `json:"body,omitempty"`
+
+	noRoom bool // it came with descriptors, for which this process had no room
 }
 
 type bootBody struct {
@@ -239,6 +241,11 @@ type attachBody struct {
 // addressBody is a PCI address, "0000:00:07.0".
 type addressBody struct {
 	Address string `json:"address"`
+}
+
+// errNoRoom says which of the two processes should be allowed more.
+func errNoRoom(process string) error {
+	return fmt.Errorf("the %s has no room for the descriptors that came with the message: %w", process, unix.EMFILE)
 }
 
 // conn sends and receives messages with descriptors. send may be called
@@ -344,7 +351,7 @@ func (c *conn) receive(buf, oob []byte) (message, []*os.File, error) {
 	if err != nil {
 		return message{}, nil, err
 	}
-	if flags&(syscall.MSG_TRUNC|syscall.MSG_CTRUNC) != 0 || n > maxMessage {
+	if flags&syscall.MSG_TRUNC != 0 || n > maxMessage {
 		closeAll(files)
 		return message{}, nil, errors.New("control message was truncated")
 	}
@@ -352,6 +359,12 @@ func (c *conn) receive(buf, oob []byte) (message, []*os.File, error) {
 	if err := json.Unmarshal(buf[:n], &m); err != nil {
 		closeAll(files)
 		return message{}, nil, fmt.Errorf("control message: %w", err)
+	}
+	if flags&syscall.MSG_CTRUNC != 0 {
+		// Of descriptors that find no room in this process the kernel drops the
+		// rest (unix(7)). The socket is as good as before.
+		closeAll(files)
+		m.noRoom, files = true, nil
 	}
 	return m, files, nil
 }

@@ -178,6 +178,9 @@ func (s *Server) handle(ctx context.Context, h Handler, m message, files []*os.F
 
 // attach has the handler attach the device that the request describes.
 func attach(h Handler, m message, files []*os.File) (address string, err error) {
+	if m.noRoom {
+		return "", errNoRoom("VMM")
+	}
 	var body attachBody
 	if err := json.Unmarshal(m.Body, &body); err != nil {
 		closeAll(files)
