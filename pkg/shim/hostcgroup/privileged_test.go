@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
 )
 
 // The real file systems of the host, whichever version they are.
@@ -38,7 +38,11 @@ func TestEnterAndLeave(t *testing.T) {
 	if n := strings.Count(string(inside), ":"+path+"\n"); n != len(g.hierarchies) {
 		t.Errorf("in %d of %d hierarchies:\n%s", n, len(g.hierarchies), inside)
 	}
-	leaveWithoutDescriptors(t, g)
+	fdtest.WithoutRoom(t, func() {
+		if err := g.Leave(); err != nil {
+			t.Error(err)
+		}
+	})
 	after, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		t.Fatal(err)
@@ -53,24 +57,5 @@ func TestEnterAndLeave(t *testing.T) {
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is left: %v", dir, err)
 		}
-	}
-}
-
-// leaveWithoutDescriptors is Leave where no further file can be opened.
-func leaveWithoutDescriptors(t *testing.T, g *Group) {
-	t.Helper()
-	var old unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: old.Max}); err != nil {
-		t.Fatal(err)
-	}
-	err := g.Leave()
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
-		t.Fatal(err)
-	}
-	if err != nil {
-		t.Error(err)
 	}
 }

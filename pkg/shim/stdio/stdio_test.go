@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
 	"github.com/microvm-runtime/microvm/pkg/internal/socktest"
 )
 
@@ -377,17 +378,8 @@ func TestNoDescriptors(t *testing.T) {
 	if err := unix.Mkfifo(path, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}); err != nil {
-		t.Fatal(err)
-	}
-	_, err := Open(context.Background(), Config{Stdout: path})
-	if e := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); e != nil {
-		t.Fatal(e)
-	}
+	var err error
+	fdtest.WithoutRoom(t, func() { _, err = Open(context.Background(), Config{Stdout: path}) })
 	if !errdefs.IsResourceExhausted(err) || errdefs.IsInvalidArgument(err) {
 		t.Errorf("open: %v", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/internal/alloctest"
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
 )
 
 // hostileVMM is the shim's end of a VMM that a guest has taken over, and that
@@ -41,15 +42,6 @@ func hostileVMM(t testing.TB) (v *VMM, theirs *conn, read *sync.WaitGroup) {
 	read = new(sync.WaitGroup)
 	read.Go(v.readLoop)
 	return v, ends[1], read
-}
-
-func descriptors(t testing.TB) int {
-	t.Helper()
-	names, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(names)
 }
 
 // numCalls is how many requests callAll makes: all that there are.
@@ -98,7 +90,7 @@ func FuzzVMM(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, script []byte) {
 		defer alloctest.Limit(t, 32<<20)() // each end has buffers of its own
-		before := descriptors(t)
+		before := fdtest.Count(t)
 		v, theirs, read := hostileVMM(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		calls := callAll(ctx, v, null)
@@ -152,7 +144,7 @@ func FuzzVMM(f *testing.F) {
 		}
 		v.conn.unix.Close()
 		theirs.unix.Close()
-		if n := descriptors(t); n > before {
+		if n := fdtest.Count(t); n > before {
 			t.Errorf("%d descriptors, there were %d", n, before)
 		}
 		if v.exit != nil && (len(v.exit.String()) > maxText+maxWord+10 || strings.ContainsAny(v.exit.String(), "\n\x1b\x00")) {
@@ -174,7 +166,7 @@ func TestHostileVMM(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer null.Close()
-	before := descriptors(t)
+	before := fdtest.Count(t)
 	v, theirs, read := hostileVMM(t)
 	a, b, err := Socketpair()
 	if err != nil {
@@ -222,7 +214,7 @@ func TestHostileVMM(t *testing.T) {
 		(<-v.accept[1024]).Close()
 	}
 	v.conn.unix.Close()
-	if n := descriptors(t); n > before {
+	if n := fdtest.Count(t); n > before {
 		t.Errorf("%d descriptors, there were %d", n, before)
 	}
 }
@@ -290,15 +282,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	}
 	defer a.Close()
 	defer b.Close()
-	before := descriptors(t)
-	withoutRoom(t, func() {
-		theirs.send(t.Context(), message{Method: noteAccepted, Body: json.RawMessage(`{"port":1024}`)}, nil, b)
-		var dial sync.WaitGroup
-		dial.Go(func() {
-			if _, err := v.Dial(t.Context(), 1025); !errors.Is(err, unix.EMFILE) {
-				t.Errorf("Dial: %v", err)
-			}
-		})
+	answer := func() {
 		buf, oob := scratch()
 		m, _, err := theirs.receive(buf, oob)
 		if err == nil {
@@ -308,21 +292,27 @@ func TestNoDescriptorsLeft(t *testing.T) {
 			t.Error(err)
 			theirs.unix.Close()
 		}
+	}
+	before := fdtest.Count(t)
+	fdtest.WithoutRoom(t, func() {
+		theirs.send(t.Context(), message{Method: noteAccepted, Body: json.RawMessage(`{"port":1024}`)}, nil, b)
+		var dial sync.WaitGroup
+		dial.Go(func() {
+			if _, err := v.Dial(t.Context(), 1025); !errors.Is(err, unix.EMFILE) {
+				t.Errorf("Dial: %v", err)
+			}
+		})
+		answer()
 		dial.Wait()
 	})
 	if len(v.accept[1024]) > 0 {
 		t.Error("a connection was accepted that has not arrived")
 	}
-	if n := descriptors(t); n != before {
+	if n := fdtest.Count(t); n != before {
 		t.Errorf("%d descriptors, there were %d", n, before)
 	}
 
-	go func() {
-		buf, oob := scratch()
-		if m, _, err := theirs.receive(buf, oob); err == nil {
-			theirs.send(t.Context(), message{ID: m.ID}, nil, b)
-		}
-	}()
+	go answer()
 	c, err := v.Dial(t.Context(), 1025)
 	if err != nil {
 		t.Fatalf("later: %v", err)
@@ -343,7 +333,7 @@ func TestNoDescriptorsLeftInVMM(t *testing.T) {
 		s := Server{conn: theirs}
 		s.Serve(Handler{AttachDisk: func(_ Disk, file *os.File) (string, error) { return "0000:00:07.0", file.Close() }})
 	})
-	withoutRoom(t, func() {
+	fdtest.WithoutRoom(t, func() {
 		if _, err := v.AttachDisk(t.Context(), Disk{}, file); err == nil || !strings.Contains(err.Error(), "the VMM has no room") {
 			t.Errorf("AttachDisk: %v", err)
 		}
@@ -355,24 +345,6 @@ func TestNoDescriptorsLeftInVMM(t *testing.T) {
 	served.Wait()
 	theirs.unix.Close()
 	read.Wait()
-}
-
-// withoutRoom calls f while the process can have no further descriptor.
-func withoutRoom(t *testing.T, f func()) {
-	t.Helper()
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-			t.Fatal(err)
-		}
-	}()
-	f()
 }
 
 // TestPatience: nobody waits for the other end's reading without a bound, who has

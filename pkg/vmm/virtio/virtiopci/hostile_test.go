@@ -1,9 +1,9 @@
 package virtiopci
 
 import (
-	"os"
 	"testing"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 )
 
@@ -44,14 +44,7 @@ func TestKicksOfWhatIsNotReady(t *testing.T) {
 // once.
 func TestComesAndGoes(t *testing.T) {
 	m := newMachine(t)
-	open := func() int {
-		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(names)
-	}
-	before := open()
+	before := fdtest.Count(t)
 	for i := range 300 {
 		if i%3 != 0 {
 			m.start()
@@ -66,7 +59,7 @@ func TestComesAndGoes(t *testing.T) {
 		}
 		m.write(offStatus, 1, 0)
 	}
-	if n := open(); n != before || len(m.doorbells) != 0 {
+	if n := fdtest.Count(t); n != before || len(m.doorbells) != 0 {
 		t.Errorf("%d descriptors, there were %d; %d doorbells", n, before, len(m.doorbells))
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"testing"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiotest"
 )
@@ -66,7 +67,7 @@ func TestHalfOpenFlood(t *testing.T) {
 		var before, after runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&before)
-		goroutines, files := runtime.NumGoroutine(), openFiles(t)
+		goroutines, files := runtime.NumGoroutine(), fdtest.Count(t)
 		payload := make([]byte, maxPayload)
 		for i := range uint32(3 * limit) {
 			h := header{srcCID: testCID, dstCID: hostCID, srcPort: 100 + i, dstPort: 1024, kind: typeStream, op: opRequest, bufAlloc: 1 << 18}
@@ -89,7 +90,7 @@ func TestHalfOpenFlood(t *testing.T) {
 		if n := g.connections(); n != limit {
 			t.Errorf("%d connections", n)
 		}
-		if n := openFiles(t); n > files+2*limit {
+		if n := fdtest.Count(t); n > files+2*limit {
 			t.Errorf("%d files are open, there were %d", n, files)
 		}
 		if n := runtime.NumGoroutine(); n > goroutines {

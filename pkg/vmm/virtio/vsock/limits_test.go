@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"golang.org/x/sys/unix"
 )
@@ -146,19 +147,10 @@ func TestSlowGuest(t *testing.T) {
 	wantStream(t, "slow connection", slowGuest, 1, size)
 }
 
-func openFiles(t *testing.T) int {
-	t.Helper()
-	names, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(names)
-}
-
 // A reset in the middle of everything ends everything, and the device works
 // again after the next activation.
 func TestReset(t *testing.T) {
-	goroutines, files := runtime.NumGoroutine(), openFiles(t)
+	goroutines, files := runtime.NumGoroutine(), fdtest.Count(t)
 	accept, accepted := listenHost(t)
 	entered, block := make(chan struct{}), make(chan struct{})
 	g := newGuest(t, Config{Accept: func(port uint32) (*os.File, error) {
@@ -218,7 +210,7 @@ func TestReset(t *testing.T) {
 		host.Close()
 	}
 	waitFor(t, "the goroutines have ended", func() bool { return runtime.NumGoroutine() <= goroutines })
-	waitFor(t, "the files are closed", func() bool { return openFiles(t) <= files })
+	waitFor(t, "the files are closed", func() bool { return fdtest.Count(t) <= files })
 }
 
 func TestActivateNeedsQueues(t *testing.T) {
