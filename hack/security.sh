@@ -23,6 +23,9 @@ host_promises() {
 		= Its root is the shared directory, with what is mounted there nodev, nosuid and noexec
 		cmd/microvm-vmm TestJail/mounts
 		pkg/shim/share TestTree TestMountsOfTheHost TestHostSeesNothing
+		= It opens no device, however that came into its root
+		pkg/shim/hostcgroup TestConfine
+		cmd/microvm-vmm TestJail/process
 		= With Landlock a descriptor of a directory outside of it leads nowhere, and nothing is executed
 		pkg/vmm/jail TestJail/paths/with_Landlock TestJail/paths/without_Landlock
 		= Its memory cannot be read by others of its user, and is in no dump

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
+	"github.com/microvm-runtime/microvm/pkg/shim/hostcgroup"
 	"github.com/microvm-runtime/microvm/pkg/shim/share"
 	"github.com/microvm-runtime/microvm/pkg/vmm/control"
 	"github.com/microvm-runtime/microvm/pkg/vmm/jail/jailtest"
@@ -66,8 +67,9 @@ func build(t *testing.T) string {
 // jailed is a VMM in its jail, with a guest that does nothing.
 type jailed struct {
 	*control.VMM
-	tree  *share.Tree
-	pipes map[string]string // what its console and its log are called in /proc
+	tree   *share.Tree
+	cgroup string
+	pipes  map[string]string // what its console and its log are called in /proc
 }
 
 // memoryBytes is the guest's memory.
@@ -115,8 +117,9 @@ func launchJailed(t *testing.T, program string) *jailed {
 	}
 	_, console := pipe("console")
 	logged, log := pipe("log")
+	cgroup, path := confined(t)
 	vmm, err := control.Launch(t.Context(), control.Options{
-		Binary: program, ID: vmmID, Root: root, KVM: kvm, Console: console, Log: log,
+		Binary: program, ID: vmmID, Root: root, KVM: kvm, Console: console, Log: log, Cgroup: cgroup,
 		Kernel: tempFile(t, "kernel", spinning()), Image: tempFile(t, "image", make([]byte, 512)),
 		Disks: []*os.File{tempFile(t, "disk", make([]byte, 512))}, Taps: [][]*os.File{taps},
 		Config: control.Config{
@@ -131,7 +134,29 @@ func launchJailed(t *testing.T, program string) *jailed {
 		t.Fatalf("%v\n%s", err, said)
 	}
 	t.Cleanup(func() { vmm.Kill(); <-vmm.Done() })
-	return &jailed{vmm, tree, pipes}
+	return &jailed{vmm, tree, path, pipes}
+}
+
+// confined is a cgroup in which no device can be opened, and its path.
+func confined(t *testing.T) (*os.File, string) {
+	t.Helper()
+	path := fmt.Sprintf("/microvm-test-%d", os.Getpid())
+	group, err := hostcgroup.New(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	owned := group.Owned(nil)
+	t.Cleanup(func() {
+		if err := hostcgroup.Remove(owned); err != nil {
+			t.Error(err)
+		}
+	})
+	dir, err := group.Confine()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dir.Close() })
+	return dir, path
 }
 
 // proc is a path in the VMM's directory of /proc.

@@ -57,6 +57,10 @@ func testProcess(t *testing.T, j *jailed) {
 			t.Errorf("namespace %s: %s, %v", ns, its, err)
 		}
 	}
+	cgroups, err := os.ReadFile(j.proc("cgroup"))
+	if err != nil || !strings.Contains(string(cgroups), "0::"+j.cgroup+"/") {
+		t.Errorf("not below the cgroup %s, where devices are denied: %s, %v", j.cgroup, cgroups, err)
+	}
 	// What belongs to root although the process does not is not dumpable.
 	var st unix.Stat_t
 	if err := unix.Stat(j.proc("fd"), &st); err != nil || st.Uid != 0 {

@@ -53,6 +53,8 @@ type launchRequest struct {
 	devices []network.Device
 	// console and log get what the guest and the VMM write, and are closed.
 	console, log *os.File
+	// cgroup is as in control.Options.
+	cgroup *os.File
 }
 
 // launch starts a VMM and boots its machine.
@@ -97,6 +99,7 @@ func launch(ctx context.Context, r launchRequest) (_ machine, err error) {
 		Taps:    taps,
 		Console: r.console,
 		Log:     r.log,
+		Cgroup:  r.cgroup,
 		Config: control.Config{
 			VCPUs:          r.size.vcpus,
 			MaxVCPUs:       r.limit.vcpus,

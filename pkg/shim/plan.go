@@ -63,9 +63,10 @@ func (s *service) plan(r *taskapi.CreateTaskRequest, first bool) (*plan, error) 
 		sandbox: sandboxConfig{
 			name:   machineName(podName(spec.Annotations), s.namespace, r.GetID()),
 			limits: limitsOf(spec), hostname: spec.Hostname, network: networkNamespace(spec), annotations: spec.Annotations, onOOM: s.oom,
+			cgroupsPath: "/" + r.GetID(), // as runc's, if the specification names none
 		},
 	}
-	if spec.Linux != nil {
+	if spec.Linux != nil && spec.Linux.CgroupsPath != "" {
 		p.sandbox.cgroupsPath = spec.Linux.CgroupsPath
 	}
 	if guestspec.IsSandbox(spec) {

@@ -135,6 +135,8 @@ func (p *pod) sandboxConfig(namespace string) sandboxConfig {
 		hostname:    p.config.GetHostname(),
 		network:     p.netns,
 		annotations: p.config.GetAnnotations(),
+		// Where the CRI plugin's containers are that have no parent.
+		cgroupsPath: path.Join("/", namespace, p.id),
 		// As containerd's CRI plugin has it where it makes the sandbox, the
 		// sysctls unless it is configured otherwise.
 		shm: guestspec.Shm{Bytes: 64 << 20},

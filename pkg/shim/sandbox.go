@@ -61,6 +61,9 @@ type host struct {
 
 // placement is a shim that is in its sandbox's cgroup.
 type placement struct {
+	// vmm is the cgroup that the VMM is to be started in, where it can open no
+	// device; nil if this host has no such thing. It is closed by launched.
+	vmm *os.File
 	// launched is called when the VMM has been started, leave when it has
 	// ended.
 	launched, leave func()
@@ -90,7 +93,7 @@ type sandbox struct {
 	logs  *machineLogs
 	// resizer is set with the agent.
 	resizer *resizer
-	// placed is nil when the sandbox has no cgroup.
+	// placed is nil before the sandbox has a cgroup, and after it has left it.
 	placed *placement
 	// info is the guest's own description of itself when it was ready.
 	info agentclient.Info
@@ -151,10 +154,8 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 		setLogLevel(true)
 	}
 	begin := time.Now()
-	if c.cgroupsPath != "" {
-		if s.placed, err = s.host.place(c.cgroupsPath); err != nil {
-			return err
-		}
+	if s.placed, err = s.host.place(c.cgroupsPath); err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, conf.BootTimeout,
 		fmt.Errorf("the guest did not start within %v (configuration key boot_timeout)", conf.BootTimeout))
@@ -225,10 +226,9 @@ func (s *sandbox) boot(ctx context.Context, conf *config.Config, c sandboxConfig
 		devices: devices,
 		console: console,
 		log:     vmmLog,
+		cgroup:  s.placed.vmm,
 	})
-	if s.placed != nil {
-		s.placed.launched()
-	}
+	s.placed.launched()
 	if err != nil {
 		logs.vmm.wait(time.Second)
 		if lines := logs.vmm.last(4); len(lines) > 0 {
@@ -349,7 +349,7 @@ func (s *sandbox) monitor(placed *placement) {
 		end = fmt.Errorf("the virtual machine has ended: %s", exitText(exit))
 		if exit.Reason == control.ReasonKilled || exit.Reason == control.ReasonStopped {
 			status = statusKilled
-			if placed != nil && placed.oomKills() > 0 {
+			if placed.oomKills() > 0 {
 				end = fmt.Errorf("%w: the host's kernel has killed the VMM because memory ran out (the pod's, or the host's)", end)
 			}
 		}

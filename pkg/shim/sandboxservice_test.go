@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -456,6 +457,18 @@ func TestCgroupsPath(t *testing.T) {
 	} {
 		if got := cgroupsPath(parent, "id"); got != want {
 			t.Errorf("%s: %s", parent, got)
+		}
+	}
+	p := &pod{id: "id"}
+	if got := p.sandboxConfig("k8s.io").cgroupsPath; got != "/k8s.io/id" {
+		t.Errorf("without a parent: %s", got)
+	}
+	bundle := t.TempDir()
+	for path, want := range map[string]string{"": "/c1", "/a/b": "/a/b"} {
+		writeConfig(t, bundle, fmt.Appendf(nil, `{"process":{},"root":{"path":"rootfs"},"linux":{"cgroupsPath":%q,"namespaces":[{"type":"pid"},{"type":"network"},{"type":"ipc"},{"type":"uts"},{"type":"mount"}]}}`, path))
+		plan, err := newService("ns", &host{}, nil, nil).plan(&taskapi.CreateTaskRequest{ID: "c1", Bundle: bundle}, true)
+		if err != nil || plan.sandbox.cgroupsPath != want {
+			t.Errorf("%q: %+v, %v", path, plan, err)
 		}
 	}
 }

@@ -270,7 +270,8 @@ func (d *daemon) newHost(p *Program) (*host, error) {
 }
 
 // place moves the shim, and so the VMM that it starts, into the sandbox's
-// cgroup. A shim that was placed elsewhere goes back when the VMM has started.
+// cgroup. A shim that was placed elsewhere goes back when the VMM has started. The
+// VMM starts in one below that, if this host can keep it from devices there.
 func (d *daemon) place(root, path string) (*placement, error) {
 	group, err := hostcgroup.New(path)
 	if err != nil {
@@ -286,14 +287,23 @@ func (d *daemon) place(root, path string) (*placement, error) {
 			log.L.WithError(err).Warn("the shim does not get out of the sandbox's cgroup")
 		}
 	}
-	placed := &placement{
+	vmm, err := enter(group)
+	if err != nil {
+		leave()
+		hostcgroup.Remove(owned)
+		return nil, err
+	}
+	return &placement{
+		vmm:      vmm,
 		oomKills: group.OOMKills,
 		launched: func() {
+			vmm.Close() // of nil, nothing
 			if elsewhere {
 				leave()
 			}
 		},
 		leave: func() {
+			vmm.Close() // if it was not launched
 			if !elsewhere {
 				leave()
 			}
@@ -301,11 +311,19 @@ func (d *daemon) place(root, path string) (*placement, error) {
 				log.L.WithError(err).Warn("the sandbox's cgroup is left")
 			}
 		},
-	}
+	}, nil
+}
+
+// enter enters a cgroup and makes the VMM's, which is nil if this host cannot keep
+// the VMM from devices.
+func enter(group *hostcgroup.Group) (vmm *os.File, err error) {
 	if err := group.Enter(); err != nil {
-		leave()
-		hostcgroup.Remove(owned)
 		return nil, err
 	}
-	return placed, nil
+	vmm, err = group.Confine()
+	if errors.Is(err, hostcgroup.ErrNoDeviceControl) {
+		log.L.WithField("missing", err.Error()).Warn("this host lacks a part of the jail")
+		return nil, nil
+	}
+	return vmm, err
 }

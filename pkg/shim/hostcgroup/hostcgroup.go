@@ -33,6 +33,9 @@ type hierarchy struct {
 type Group struct {
 	path        string // below each mount point
 	hierarchies []hierarchy
+	// unified is where version 2 is mounted, also beside hierarchies of version 1;
+	// empty if nowhere.
+	unified string
 	// before is where the process was, by mount point.
 	before map[string]string
 	// back are the files by which it returns there. They are opened by Enter:
@@ -59,7 +62,11 @@ func New(cgroupsPath string) (*Group, error) {
 	if len(hierarchies) == 0 {
 		return nil, errors.New("no cgroup file system is mounted")
 	}
-	return &Group{path: path, hierarchies: hierarchies, before: before}, nil
+	g := &Group{path: path, hierarchies: hierarchies, before: before}
+	if i := slices.IndexFunc(mounts, func(m *mountinfo.Info) bool { return m.FSType == "cgroup2" }); i >= 0 {
+		g.unified = mounts[i].Mountpoint
+	}
+	return g, nil
 }
 
 // expand turns a cgroupsPath into a path below a mount point.
@@ -154,18 +161,24 @@ func containsAll(have, want []string) bool {
 	return true
 }
 
-// Owned are the directories that Enter will make, parents first, and those on
+// Owned are the directories that Enter and Confine will make, parents first, and those on
 // the way that other sandboxes have made, of which the last one to leave is to
 // remove them. Recorded before Enter, they can be removed if the shim is
 // killed.
 func (g *Group) Owned(others []string) []string {
 	var owned []string
-	for _, h := range g.hierarchies {
-		for _, dir := range steps(h.mountpoint, g.path) {
-			if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) || slices.Contains(others, dir) {
+	add := func(dirs []string) {
+		for _, dir := range dirs {
+			if _, err := os.Stat(dir); !slices.Contains(owned, dir) && (errors.Is(err, fs.ErrNotExist) || slices.Contains(others, dir)) {
 				owned = append(owned, dir)
 			}
 		}
+	}
+	for _, h := range g.hierarchies {
+		add(steps(h.mountpoint, g.path))
+	}
+	if g.unified != "" {
+		add(steps(g.unified, filepath.Join(g.path, machine)))
 	}
 	return owned
 }
@@ -329,11 +342,11 @@ func Join(cgroupsPath string) error {
 
 // Remove takes away the directories that Owned has named, unless they are
 // in use by others. A cgroup stays busy for a moment after its last process
-// has ended, so a leaf is tried for a while.
+// has ended, so those that had some of the sandbox's are tried for a while.
 func Remove(dirs []string) error {
 	var errs []error
 	for i, dir := range slices.Backward(dirs) {
-		leaf := i+1 == len(dirs) || filepath.Dir(dirs[i+1]) != dir
+		leaf := i+1 == len(dirs) || filepath.Dir(dirs[i+1]) != dir || filepath.Base(dirs[i+1]) == machine
 		for attempt := 0; ; attempt++ {
 			err := unix.Rmdir(dir)
 			if err == nil || errors.Is(err, unix.ENOENT) {

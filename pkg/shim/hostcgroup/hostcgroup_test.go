@@ -107,7 +107,7 @@ func TestOwnedAndRemove(t *testing.T) {
 	}
 	parent := filepath.Join(root, "kubepods/pod1")
 	sandbox := func(name string) *Group {
-		return &Group{path: "/kubepods/pod1/" + name, hierarchies: []hierarchy{{mountpoint: root, v2: true}}}
+		return &Group{path: "/kubepods/pod1/" + name, hierarchies: []hierarchy{{mountpoint: root, v2: true}}, unified: root}
 	}
 	check := func(got []string, want ...string) {
 		t.Helper()
@@ -124,9 +124,9 @@ func TestOwnedAndRemove(t *testing.T) {
 	}
 
 	first := sandbox("c1").Owned(nil)
-	check(first, parent, filepath.Join(parent, "c1"))
+	check(first, parent, filepath.Join(parent, "c1"), filepath.Join(parent, "c1", machine))
 	second := sandbox("c2").Owned(first)
-	check(second, parent, filepath.Join(parent, "c2"))
+	check(second, parent, filepath.Join(parent, "c2"), filepath.Join(parent, "c2", machine))
 
 	if err := Remove(first); err != nil {
 		t.Error(err)
@@ -166,5 +166,13 @@ func TestOOMKills(t *testing.T) {
 		if n := g.OOMKills(); n != test.want {
 			t.Errorf("%+v: %d", test, n)
 		}
+	}
+}
+
+// A host without version 2 cannot, and says so.
+func TestConfineWithoutVersion2(t *testing.T) {
+	g := &Group{path: "/c1", hierarchies: []hierarchy{{mountpoint: "/nonexistent"}}}
+	if dir, err := g.Confine(); dir != nil || !errors.Is(err, ErrNoDeviceControl) {
+		t.Errorf("%v, %v", dir, err)
 	}
 }

@@ -44,6 +44,9 @@ type Options struct {
 	Config Config
 	// ID is the user and group id of the VMM, which must not be another process's.
 	ID uint32
+	// Cgroup is the directory of the cgroup, of version 2, that the VMM starts in;
+	// nil for the caller's.
+	Cgroup *os.File
 }
 
 // MaxName bounds a part of Options.Name: a namespace and a pod of Kubernetes (63 and
@@ -150,7 +153,7 @@ func (v *VMM) start(o Options, socket *os.File) error {
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // for good
-		err := jail.Start(cmd, o.ID)
+		err := jail.Start(cmd, o.ID, o.Cgroup)
 		v.process = cmd.Process
 		started <- err
 		if err != nil {

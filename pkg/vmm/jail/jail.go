@@ -8,6 +8,7 @@
 //   - a user and a group id that no other process has, no other groups;
 //   - no descriptor but those that it is given;
 //   - namespaces of its own: mount, pid, ipc, uts, cgroup and an empty network;
+//   - the cgroup that the caller chooses, best one that keeps it from devices;
 //   - no-new-privileges, an empty capability bounding set, and secure bits, locked,
 //     that take the meaning of user 0 away;
 //   - the capabilities of the file server, and CAP_SYS_ADMIN for Enter;
@@ -41,8 +42,9 @@ import (
 // (pkg/vmm/virtio/fs/passthrough) acts on the guest's files as the guest's root
 // does, whoever they belong to. Every thread has them: a goroutine of the file
 // server runs on any. They reach the shared directory only, as there is nothing
-// else in the root, and no device in there can be opened (the mounts are nodev);
-// for what descriptors lead to see Protect.
+// else in the root, and no device in there can be opened (the mounts are nodev, and
+// the shim starts it in a cgroup that denies them); for what descriptors lead to see
+// Protect.
 var Capabilities = []uintptr{
 	unix.CAP_DAC_OVERRIDE, // open, list and change what the sandbox's uid may not
 	unix.CAP_CHOWN,        // give a new file to who created it; chown

@@ -127,7 +127,7 @@ func jailed(t *testing.T, program, name string, without uint32, root string, len
 	ended := make(chan error)
 	go func() {
 		runtime.LockOSThread() // for good, see Start
-		err := Start(cmd, 1999999994)
+		err := Start(cmd, 1999999994, nil)
 		if err == nil {
 			err = cmd.Wait()
 		}
@@ -153,22 +153,6 @@ func lend(t *testing.T, path string, flags int) *os.File {
 		t.Fatalf("%s: %v", path, err)
 	}
 	return os.NewFile(uintptr(fd), path)
-}
-
-// tempDir is a file system with devices, which a temporary directory may not be.
-func tempDir(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-			_ = unix.Unmount(dir, unix.MNT_DETACH)
-		}
-	})
-	return dir
 }
 
 // ways are those to change a file that a name in a directory leads to.
@@ -273,7 +257,7 @@ func testMissing(t *testing.T, program string) {
 	}{
 		{unix.SYS_OPEN_TREE, "open_tree", func() error { _, err := Detached(t.TempDir()); return err }},
 		{unix.SYS_MOUNT_SETATTR, "mount_setattr", func() error { _, err := Detached(t.TempDir()); return err }},
-		{unix.SYS_CLOSE_RANGE, "jail: close_range (Linux 5.11)", func() error { return Start(exec.Command("/nonexistent"), 1999999994) }},
+		{unix.SYS_CLOSE_RANGE, "jail: close_range (Linux 5.11)", func() error { return Start(exec.Command("/nonexistent"), 1999999994, nil) }},
 	} {
 		done := make(chan error)
 		go func() {
@@ -295,7 +279,7 @@ func testMissing(t *testing.T, program string) {
 
 // testLent: a process in a jail has no more of what it was lent than its descriptors.
 func testLent(t *testing.T, program string, without uint32) {
-	dir := tempDir(t)
+	dir := jailtest.TempDir(t)
 	image, device := filepath.Join(dir, "image"), filepath.Join(dir, "device")
 	err := os.WriteFile(image, []byte("image"), 0o666)
 	err = errors.Join(err, unix.Mknod(device, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3)))) // null
@@ -388,7 +372,7 @@ func tryPaths(*Inside) error {
 // testPaths: should a descriptor of a directory get into the jail, it leads nowhere
 // with Landlock; and Landlock hinders nothing that the file server does.
 func testPaths(t *testing.T, program string, without uint32) {
-	dir := tempDir(t)
+	dir := jailtest.TempDir(t)
 	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("no program"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -397,7 +381,7 @@ func testPaths(t *testing.T, program string, without uint32) {
 		t.Fatal(err)
 	}
 	defer lent.Close()
-	said, err := jailed(t, program, "paths", without, tempDir(t), lent)
+	said, err := jailed(t, program, "paths", without, jailtest.TempDir(t), lent)
 	if err != nil {
 		t.Fatalf("%v: %s", err, said)
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -21,13 +22,15 @@ const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | un
 const secureBits = 1<<0 | 1<<1 | // SECBIT_NOROOT, locked
 	1<<2 | 1<<3 // SECBIT_NO_SETUID_FIXUP, locked
 
-// Start starts cmd, whose program is to call Enter, with the user and group id.
+// Start starts cmd, whose program is to call Enter, with the user and group id, in
+// the cgroup (of version 2) that this is the directory of, or in the caller's if it
+// is nil.
 //
 // The calling goroutine must be locked to its thread and must never unlock it: the
 // thread gives up what the process is not to have, and is of no use for anything
 // but waiting for it. The process is killed when the thread ends. All descriptors of
 // the caller's are close-on-exec from then on.
-func Start(cmd *exec.Cmd, id uint32) error {
+func Start(cmd *exec.Cmd, id uint32, cgroup *os.File) error {
 	if id == 0 || id == ^uint32(0) {
 		return fmt.Errorf("jail: %d is no user id for it", id)
 	}
@@ -46,6 +49,9 @@ func Start(cmd *exec.Cmd, id uint32) error {
 		Credential:  &syscall.Credential{Uid: id, Gid: id}, // and no groups
 		AmbientCaps: capabilities,
 		Pdeathsig:   syscall.SIGKILL,
+	}
+	if cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
 	}
 	return cmd.Start()
 }

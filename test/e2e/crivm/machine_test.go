@@ -4,6 +4,7 @@ package crivm
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -81,8 +82,8 @@ func TestPrivilegedInTheGuestOnly(t *testing.T) {
 	c.Get(t, ": <>/dev/net/tun && [ -b /dev/pmem0 ] && head -c 1 /dev/pmem0") // the guest's image, which it may read
 }
 
-// The pod's machine and its shim are in the pod's cgroup, in every hierarchy that has controllers, as the host sees it, and ps
-// shows whose the machine is.
+// The pod's machine and its shim are in the pod's cgroup, in every hierarchy that has controllers, as the host sees it, the machine
+// where it can open no device, and ps shows whose it is.
 func TestMachineIsInThePodsCgroup(t *testing.T) {
 	n := pods.For(t)
 	shims := n.Processes(shim)
@@ -91,21 +92,29 @@ func TestMachineIsInThePodsCgroup(t *testing.T) {
 	if len(both) != 2 {
 		t.Fatalf("want one shim and one VMM: %v", both)
 	}
+	parent := p.Config().Linux.CgroupParent + "/"
+	cgroups := func(pid int) []string {
+		return strings.Split(hostFile(t, fmt.Sprintf("/proc/%d/cgroup", pid)), "\n")
+	}
 	for _, pid := range both {
-		cgroups := hostFile(t, fmt.Sprintf("/proc/%d/cgroup", pid))
-		for line := range strings.Lines(cgroups) {
+		lines := cgroups(pid)
+		for _, line := range lines {
 			// cgroups(7): "hierarchy:controllers:path". Version 2 has number 0, and no controllers where version 1 has them.
-			f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+			f := strings.SplitN(line, ":", 3)
 			if len(f) != 3 {
 				t.Fatalf("/proc/%d/cgroup: %q", pid, line)
 			}
-			if f[0] == "0" && strings.Contains(cgroups, "\n") {
+			if f[0] == "0" && len(lines) > 1 {
 				continue
 			}
-			if !strings.Contains(f[2], p.Config().Linux.CgroupParent+"/") {
+			if !strings.Contains(f[2], parent) {
 				t.Errorf("process %d is not in the pod's cgroup: %s", pid, line)
 			}
 		}
+	}
+	confined := parent + p.ID + "/microvm-vmm"
+	if lines := cgroups(pid); !slices.ContainsFunc(lines, func(line string) bool { return strings.HasSuffix(line, confined) }) {
+		t.Errorf("the machine is not in the cgroup …%s, but in %q", confined, lines)
 	}
 	metadata := p.Config().Metadata
 	if got, want := n.Processes(vmm)[pid], fmt.Sprintf(" %s/%s %s", metadata.Namespace, metadata.Name, p.ID); !strings.HasSuffix(got, want) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"testing"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,4 +30,20 @@ func EnterNamespace() {
 	}
 	fmt.Fprintln(os.Stderr, "cannot run the tests (they need root):", err)
 	os.Exit(1)
+}
+
+// TempDir is a file system with devices, which a temporary directory may not be.
+func TempDir(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+			_ = unix.Unmount(dir, unix.MNT_DETACH)
+		}
+	})
+	return dir
 }

@@ -119,7 +119,7 @@ func mountInJail(t *testing.T, root *os.File) string {
 	started, ended := make(chan error), make(chan error)
 	go func() {
 		runtime.LockOSThread() // for good, see jail.Start
-		err := jail.Start(cmd, 1999999995)
+		err := jail.Start(cmd, 1999999995, nil)
 		started <- err
 		if err == nil {
 			ended <- cmd.Wait()
