@@ -256,6 +256,48 @@ func TestSymlinkSwap(t *testing.T) {
 	}
 }
 
+// Who lists the volume, and so is told anew where its files are but not of these, sees the kubelet's update whole too: not a link
+// that still leads to what was removed.
+func TestUpdateOfListedVolume(t *testing.T) {
+	n := pods.For(t)
+	v := newKeptVolume(t, "1")
+	looks := filepath.Join(t.TempDir(), "looks")
+	write(t, looks, "")
+	n.Pod(t).Run(t, pods.Mount(v.dir, "/config", pods.ReadOnly), pods.Mount(looks, "/looks"), pods.Shell(`
+		look() { seen=nothing; read -r seen </config/key; echo $seen >>/looks; }
+		while :; do
+			look
+			sleep 0.6
+			set -- /config/* /config/.*
+			echo now >>/looks
+			sleep 0.6
+			look
+			sleep 2
+		done`))
+	lines := func(wanted int) (list []string) {
+		t.Helper()
+		node.Until(t, fmt.Sprintf("there are %d lines", wanted), func() bool {
+			b, err := os.ReadFile(looks)
+			if err != nil {
+				t.Fatal(err)
+			}
+			list = strings.Fields(string(b))
+			return len(list) >= wanted
+		})
+		return list
+	}
+	for round, version := range []string{"2", "3", "4", "5"} {
+		before := fmt.Sprint(round + 1)
+		lines(3*round + 2)
+		v.update(version, func() {})
+		got := lines(3*round + 3)[3*round:]
+		t.Logf("%q", got)
+		if got[0] != before || got[1] != "now" || got[2] != before && got[2] != version {
+			t.Errorf("seen before the update to version %s, and after: %q", version, got)
+		}
+	}
+}
+
 // watch is what this program does in a pod: it tells of the first change of a directory and of the file key that is in it by
 // then, as inotify sees them.
 func watch(dir string) int {

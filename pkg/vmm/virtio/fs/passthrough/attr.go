@@ -55,9 +55,20 @@ func (s *Server) attrOf(n *inode, st *unix.Statx_t) fuse.Attr {
 	}
 }
 
-// entryOf tells of n, which st describes, found in dir.
-func (s *Server) entryOf(n *inode, st *unix.Statx_t, dir *inode) fuse.EntryOut {
+// versionLink is what the kubelet replaces when it updates a volume (its
+// pkg/volume/util/atomic_writer.go): a symbolic link to the directory that holds the
+// files. The directory before is removed at once.
+const versionLink = "..data"
+
+// entryOf tells of n, which st describes, found in dir under the name.
+func (s *Server) entryOf(n *inode, st *unix.Statx_t, dir *inode, name string) fuse.EntryOut {
 	e := fuse.EntryOut{NodeID: n.id, EntryValid: s.entryTimeout, AttrValid: s.attrTimeout, Attr: s.attrOf(n, st)}
+	if n.kind == unix.S_IFLNK && name == versionLink {
+		// The guest asks each time. A link that it believes, to a directory whose
+		// own entry or whose files' it no longer does, leads to nothing until the
+		// link is asked for as well.
+		e.EntryValid = fuse.Time{}
+	}
 	if n.kind == unix.S_IFDIR && (n.key.mnt != dir.key.mnt || n.key.dev != dir.key.dev) {
 		e.Attr.Flags |= fuse.AttrSubmount
 	}

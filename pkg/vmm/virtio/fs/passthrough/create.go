@@ -78,7 +78,7 @@ func (s *Server) newEntry(r *request, node newNode, umask uint32, create func(di
 		return errno
 	}
 	defer s.inodes.put(n)
-	entry := s.entryOf(n, &st, node.dir)
+	entry := s.entryOf(n, &st, node.dir, node.name)
 	r.reply = entry.Append(r.reply)
 	return 0
 }
@@ -241,7 +241,7 @@ func (s *Server) link(r *request) unix.Errno {
 	if errno != 0 {
 		return errno
 	}
-	entry := s.entryOf(n, &st, dir)
+	entry := s.entryOf(n, &st, dir, name)
 	r.reply = entry.Append(r.reply)
 	return 0
 }
@@ -321,7 +321,7 @@ func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, fl
 		closeFD(fd)
 		return errno
 	}
-	return s.replyCreated(r, node.dir, &st, &handle{node: n, fd: fd, writable: writable(in.Flags)})
+	return s.replyCreated(r, node.dir, name, &st, &handle{node: n, fd: fd, writable: writable(in.Flags)})
 }
 
 // createExisting opens a file that has appeared since the guest looked.
@@ -344,13 +344,13 @@ func (s *Server) createExisting(r *request, in *fuse.CreateIn, dir *inode, name 
 		s.inodes.forget(n.id, 1)
 		return errno
 	}
-	return s.replyCreated(r, dir, &st, h)
+	return s.replyCreated(r, dir, name, &st, h)
 }
 
 // replyCreated replies with a node that was just looked up and its handle, which
 // becomes the guest's.
-func (s *Server) replyCreated(r *request, dir *inode, st *unix.Statx_t, h *handle) unix.Errno {
-	entry := s.entryOf(h.node, st, dir)
+func (s *Server) replyCreated(r *request, dir *inode, name string, st *unix.Statx_t, h *handle) unix.Errno {
+	entry := s.entryOf(h.node, st, dir, name)
 	if errno := s.handles.add(h); errno != 0 {
 		s.inodes.forget(entry.NodeID, 1)
 		return errno

@@ -209,5 +209,5 @@ func (s *Server) lookupEntry(dir *inode, e dirent) fuse.EntryOut {
 	if errno != 0 {
 		return fuse.EntryOut{}
 	}
-	return s.entryOf(n, &st, dir)
+	return s.entryOf(n, &st, dir, name)
 }

@@ -90,6 +90,41 @@ func TestLookupAndAttributes(t *testing.T) {
 	}
 }
 
+// The link that the kubelet replaces is asked for each time, however the guest has
+// heard of it.
+func TestVersionLink(t *testing.T) {
+	s := newShare(t)
+	for _, name := range []string{versionLink, "link"} {
+		must(t, os.Symlink("..v1", s.path(name)))
+	}
+	must(t, os.Mkdir(s.path("sub"), 0o755))
+	must(t, os.Mkdir(s.path("sub/"+versionLink), 0o755))
+	made, errno := s.Symlink(s.mustLookup(t, root, "sub").NodeID, "made", "..v1")
+	want(t, "SYMLINK", errno, 0)
+	list, errno := s.List(root, true)
+	want(t, "READDIRPLUS", errno, 0)
+	plus := map[string]fuse.EntryOut{}
+	for _, d := range list {
+		plus[d.Name] = d.Entry
+	}
+	for _, test := range []struct {
+		name  string
+		entry fuse.EntryOut
+		sec   uint64
+	}{
+		{"LOOKUP", s.mustLookup(t, root, versionLink), 0},
+		{"READDIRPLUS", plus[versionLink], 0},
+		{"LOOKUP of another link", s.mustLookup(t, root, "link"), 1},
+		{"READDIRPLUS of another link", plus["link"], 1},
+		{"SYMLINK of another name", made, 1},
+		{"LOOKUP of a directory", s.mustLookup(t, s.mustLookup(t, root, "sub").NodeID, versionLink), 1},
+	} {
+		if got := test.entry.EntryValid; got != (fuse.Time{Sec: test.sec}) || test.entry.AttrValid.Sec != 1 {
+			t.Errorf("%s: the name counts %v, attributes %v", test.name, got, test.entry.AttrValid)
+		}
+	}
+}
+
 func TestSetattr(t *testing.T) {
 	s := newShare(t)
 	e, fh := s.mustCreate(t, root, "file", "0123456789")
