@@ -87,9 +87,9 @@ func denyDevices(cgroup *os.File) error {
 // struct bpf_cgroup_dev_ctx of include/uapi/linux/bpf.h.
 func deviceProgram() asm.Instructions {
 	const (
-		fieldAccessType = 0  // the access in the upper half, the type in the lower
-		accessShift     = 16 //
-		readOrWrite     = 2 | 4
+		fieldAccessType = 0 // the access in the upper half, the type in the lower
+		accessShift     = 16
+		readOrWrite     = 2 | 4 // BPF_DEVCG_ACC_READ, BPF_DEVCG_ACC_WRITE
 	)
 	return asm.Instructions{
 		asm.LoadMem(asm.R2, asm.R1, fieldAccessType, asm.Word),
