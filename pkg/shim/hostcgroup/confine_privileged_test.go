@@ -100,12 +100,5 @@ func TestConfine(t *testing.T) {
 	if err := g.Leave(); err != nil {
 		t.Error(err)
 	}
-	if err := Remove(owned); err != nil {
-		t.Error(err)
-	}
-	for _, dir := range owned {
-		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", dir, err)
-		}
-	}
+	removeOwned(t, owned)
 }

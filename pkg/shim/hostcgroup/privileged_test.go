@@ -55,10 +55,16 @@ func TestEnterAndLeave(t *testing.T) {
 	if string(after) != string(before) {
 		t.Errorf("before\n%s\nafter\n%s", before, after)
 	}
-	if err := Remove(missing); err != nil {
+	removeOwned(t, missing)
+}
+
+// removeOwned removes what Owned has named, all of it.
+func removeOwned(t *testing.T, dirs []string) {
+	t.Helper()
+	if err := Remove(dirs); err != nil {
 		t.Error(err)
 	}
-	for _, dir := range missing {
+	for _, dir := range dirs {
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is left: %v", dir, err)
 		}
