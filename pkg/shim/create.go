@@ -237,12 +237,16 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 }
 
 // isAlone says that no container but c runs or is about to. The one that is
-// the sandbox itself does not count.
+// the sandbox itself does not count, nor do those that have outlived SIGKILL as
+// well.
 func (s *service) isAlone(c *container) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, other := range s.containers {
-		if status, _, _ := other.init.state(); other != c && !other.isPause() && status != tasktypes.Status_STOPPED {
+		if other == c || other.isPause() || other.init.outlives.Load() {
+			continue
+		}
+		if status, _, _ := other.init.state(); status != tasktypes.Status_STOPPED {
 			return false
 		}
 	}

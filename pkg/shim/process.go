@@ -44,6 +44,8 @@ type process struct {
 	exited chan struct{} // closed when STOPPED
 
 	enforce sync.Once
+	// outlives says that the process has outlived SIGKILL.
+	outlives atomic.Bool
 }
 
 func newProcess(c *container, execID string, config stdio.Config, streams *stdio.Streams) *process {
@@ -226,8 +228,8 @@ func (p *process) kill(ctx context.Context, signal uint32, all bool) error {
 }
 
 // enforceKill sees to it that SIGKILL has its effect although a guest may not
-// want it to: when a container outlives it, the machine is killed, unless other
-// containers run in there and the agent answers.
+// want it to: when a container outlives it, the machine is killed, unless there
+// are other containers in there, which do not, and the agent answers.
 func (p *process) enforceKill() {
 	c := p.container
 	for {
@@ -244,6 +246,7 @@ func (p *process) enforceKill() {
 		case <-ctx.Done():
 			cancel()
 		}
+		p.outlives.Store(true)
 		switch {
 		case !answers.Load():
 			log.L.Errorf("container %s outlives SIGKILL, and the agent in the guest does not answer: killing the virtual machine", c.id)

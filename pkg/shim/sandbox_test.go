@@ -321,6 +321,33 @@ func TestKillIsEnforced(t *testing.T) {
 	}
 }
 
+// Two that outlive it do not keep each other.
+func TestKillOfTwoIsEnforced(t *testing.T) {
+	f := newFixture(t)
+	f.host.patience = 50 * time.Millisecond
+	f.agent.Programs["stubborn"] = func(*agenttest.Process) uint32 {
+		<-f.machine().done
+		return 0
+	}
+	for _, id := range []string{"c1", "c2"} {
+		f.create(id, "stubborn")
+		f.start(id, "")
+	}
+	for _, id := range []string{"c1", "c2"} {
+		if err := f.kill(id, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, id := range []string{"c1", "c2"} {
+		if code := f.wait(id, ""); code != 137 {
+			t.Errorf("%s ended with %d", id, code)
+		}
+		if err := f.delete(id, ""); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // Of a guest that does not answer any more all containers can be killed, and
 // it is gone then.
 func TestKillInGuestThatHangs(t *testing.T) {
