@@ -97,7 +97,7 @@ func (p *Program) deleteSandbox(ctx context.Context, in bootstrap.Invocation, bu
 	}
 	lock, err := dir.Lock()
 	if errors.Is(err, state.ErrLocked) {
-		switch askToDelete(ctx, record.Socket, in.ID) {
+		switch askToDelete(ctx, record.Socket, in.ID, in.ID == group) {
 		case shimServes:
 			return record, nil // others
 		case shimHangs:
@@ -120,7 +120,7 @@ func (p *Program) deleteSandbox(ctx context.Context, in bootstrap.Invocation, bu
 	if err != nil {
 		return record, err
 	}
-	return record, errors.Join(cleanUp(ctx, dir), dir.Remove())
+	return record, removeDead(ctx, dir)
 }
 
 // errEnding is about a shim that needs more time than there is, to clean up
@@ -137,8 +137,9 @@ const (
 )
 
 // askToDelete has a shim kill and delete a container, or the sandbox of this
-// name, and end if it was the last one.
-func askToDelete(ctx context.Context, socket, id string) shimState {
+// name, and end if it was the last one. A shim that needs more time for a
+// container goes on with it, and for a sandbox is said to hang.
+func askToDelete(ctx context.Context, socket, id string, isSandbox bool) shimState {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
@@ -148,12 +149,24 @@ func askToDelete(ctx context.Context, socket, id string) shimState {
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
 	task := taskapi.NewTTRPCTaskClient(client)
+	connected, cancel := context.WithTimeout(ctx, askTime/2)
+	defer cancel()
+	if _, err := task.Connect(connected, &taskapi.ConnectRequest{ID: id}); err != nil && connected.Err() != nil {
+		return shimHangs
+	}
 	// Each of them may fail, because the shim has done it or does not know the
 	// container.
 	if _, err := task.Kill(ctx, &taskapi.KillRequest{ID: id, Signal: uint32(unix.SIGKILL), All: true}); err == nil {
 		task.Wait(ctx, &taskapi.WaitRequest{ID: id})
 	}
 	task.Delete(ctx, &taskapi.DeleteRequest{ID: id})
+	if ctx.Err() != nil && !isSandbox {
+		// Other containers run in there.
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTime/2)
+		defer cancel()
+		task.Shutdown(last, &taskapi.ShutdownRequest{ID: id})
+		return shimServes
+	}
 	task.Shutdown(ctx, &taskapi.ShutdownRequest{ID: id})
 	sandboxapi.NewTTRPCSandboxClient(client).ShutdownSandbox(ctx, &sandboxapi.ShutdownSandboxRequest{SandboxID: id})
 	if ctx.Err() != nil {
@@ -193,13 +206,20 @@ func deleteIfDead(ctx context.Context, dir state.Dir) {
 		return // it lives
 	}
 	defer lock.Close()
-	if cleanUp(ctx, dir) == nil {
-		dir.Remove()
-	}
+	removeDead(ctx, dir)
 }
 
-// cleanUp removes what a shim that is gone has left outside of its directory.
-// The caller has its lock.
+// removeDead leaves nothing of a shim that is gone. What cannot be cleaned up
+// keeps its record, by which the next delete goes on. The caller has its lock.
+func removeDead(ctx context.Context, dir state.Dir) error {
+	if err := cleanUp(ctx, dir); err != nil {
+		return err
+	}
+	return dir.Remove()
+}
+
+// cleanUp removes what a shim that is gone has left outside of its directory,
+// as much of it as can be. The caller has its lock.
 func cleanUp(ctx context.Context, dir state.Dir) error {
 	record, err := dir.Load()
 	if errors.Is(err, fs.ErrNotExist) {
@@ -212,14 +232,9 @@ func cleanUp(ctx context.Context, dir state.Dir) error {
 	if err := record.VMM.Kill(ctx); err != nil {
 		return err
 	}
-	if err := network.Remove(ctx, record.Network); err != nil {
-		return err
-	}
-	if err := hostcgroup.Remove(record.Cgroups); err != nil {
-		return err
-	}
+	errs := []error{network.Remove(ctx, record.Network), hostcgroup.Remove(record.Cgroups)}
 	if err := os.Remove(record.Socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("shim socket: %w", err)
+		errs = append(errs, fmt.Errorf("shim socket: %w", err))
 	}
-	return nil
+	return errors.Join(errs...)
 }

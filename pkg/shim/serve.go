@@ -191,7 +191,7 @@ func (d *daemon) closeDoor() {
 // end leaves nothing behind. New calls of start wait for it.
 func (d *daemon) end() error {
 	d.closeDoor()
-	errs := []error{d.service.stop()}
+	err := d.service.stop()
 	// Not sooner: ttrpc takes a connection for idle while the answer to
 	// Shutdown is on its way.
 	ctx, cancel := context.WithTimeout(context.Background(), lastAnswers)
@@ -203,8 +203,14 @@ func (d *daemon) end() error {
 	d.publisher.Close(ctx)
 	// A caller of start may have come meanwhile; from here on it is on its
 	// own.
-	errs = append(errs, d.settings.Dir.Remove())
-	err := errors.Join(errs...)
+	if err == nil {
+		err = d.settings.Dir.Remove()
+	} else {
+		// By now it may work. If not, the record stays for the next delete.
+		ctx, cancel := context.WithTimeout(context.Background(), deleteTime)
+		defer cancel()
+		err = errors.Join(err, removeDead(ctx, d.settings.Dir))
+	}
 	if err != nil {
 		log.L.WithError(err).Error("the shim leaves something behind")
 	}

@@ -339,16 +339,47 @@ func (s *service) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskap
 }
 
 // Shutdown ends the shim when it serves no container any more. containerd
-// calls it after each Delete. A sandbox of the sandbox API may be without
-// containers, and ends by ShutdownSandbox.
+// calls it after each Delete, also if that has failed, and then asks no more
+// for the container: what is still there of it goes when it can. A sandbox of
+// the sandbox API may be without containers, and ends by ShutdownSandbox.
 func (s *service) Shutdown(ctx context.Context, r *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	s.abandon(ctx, r.GetID())
+	s.mu.Lock()
+	creation, c := s.creating[r.GetID()], s.containers[r.GetID()]
+	s.mu.Unlock()
+	if creation != nil || c != nil {
+		go s.dispose(r.GetID(), creation)
+		return empty, nil
+	}
+	s.closeIfEmpty()
+	return empty, nil
+}
+
+// dispose kills and deletes a container that nobody asks for any more, if it
+// comes to be, and ends the shim if it was the last one.
+func (s *service) dispose(id string, creation *creation) {
+	if creation != nil {
+		<-creation.done
+	}
+	ctx := context.Background()
+	if c, err := s.container(id); err == nil {
+		if err := c.init.kill(ctx, sigkill, true); err != nil && !errdefs.IsNotFound(err) {
+			log.L.WithError(err).Warnf("container %s is not killed", id)
+		}
+		<-c.init.exited // if need be with the machine, see enforceKill
+		if _, err := s.Delete(ctx, &taskapi.DeleteRequest{ID: id}); err != nil && !errdefs.IsNotFound(err) {
+			log.L.WithError(err).Errorf("container %s is left until the sandbox ends", id)
+		}
+	}
+	s.closeIfEmpty()
+}
+
+func (s *service) closeIfEmpty() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.containers) == 0 && len(s.creating) == 0 && s.pod == nil {
 		s.close()
 	}
-	return empty, nil
 }
 
 // close has the shim shut down. The caller holds mu.
