@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"sync"
@@ -48,6 +49,7 @@ type container struct {
 	hooks     specs.Hooks
 	hookState specs.State
 	publish   func(proto.Message)
+	ooms      *limiter // of the events that a guest can make us send
 	// alone says that no other container of the sandbox runs.
 	alone func() bool
 
@@ -74,6 +76,7 @@ func newContainer(id, bundle string, s *sandbox, first bool, publish func(proto.
 		agent:     s.agent,
 		pid:       uint32(s.vm.Pid()),
 		publish:   publish,
+		ooms:      newLimiter(20, 1),
 		processes: map[string]*process{},
 	}
 	c.started = sync.NewCond(&c.mu)
@@ -108,7 +111,7 @@ func (c *container) process(execID string) (*process, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	p := c.processes[execID]
-	if p == nil || p.streams == nil {
+	if p == nil || p.streams == nil || p.isDeleted() {
 		return nil, fmt.Errorf("process %s of container %s: %w", execID, c.id, errdefs.ErrNotFound)
 	}
 	return p, nil
@@ -233,6 +236,40 @@ func (c *container) createExec(ctx context.Context, execID string, spec []byte, 
 	return newProcess(c, execID, config, streams), nil
 }
 
+// startExec starts a process in the guest. One whose start nobody waits for is
+// ended there, and keeps its id until then.
+func (c *container) startExec(ctx context.Context, p *process) error {
+	c.setUndoing(p, true)
+	undoing, err := outlive(ctx, func(ctx context.Context) error {
+		_, err := c.agent.StartProcess(ctx, c.id, p.execID)
+		return err
+	}, func(answer error) {
+		c.sandbox.discard(c.id, p.execID, answer)
+		c.setUndoing(p, false)
+	})
+	if !undoing {
+		c.setUndoing(p, false)
+	}
+	return err
+}
+
+// setUndoing says whether the guest may have something left of an exec that
+// nobody waits for. When it has not, and the exec is deleted, the id is free.
+func (c *container) setUndoing(p *process, undoing bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p.undoing = undoing
+	if !undoing && p.isDeleted() {
+		delete(c.processes, p.execID)
+	}
+}
+
+func (c *container) isUndoing(p *process) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return p.undoing
+}
+
 // deleteExec forgets a process that does not run.
 func (c *container) deleteExec(ctx context.Context, p *process) error {
 	p.operation.Lock()
@@ -248,7 +285,9 @@ func (c *container) deleteExec(ctx context.Context, p *process) error {
 	p.exit(agentclient.UnknownStatus, time.Now(), nil) // if it was never started
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.processes, p.execID)
+	if !p.undoing {
+		delete(c.processes, p.execID)
+	}
 	return nil
 }
 
@@ -310,7 +349,15 @@ func (c *container) pause(ctx context.Context) error {
 		return fmt.Errorf("cannot pause a container that is %s: %w", statusText(status), errdefs.ErrFailedPrecondition)
 	}
 	c.setPaused(false, true)
+	// The agent does it whether the caller goes on waiting or not.
+	ctx = context.WithoutCancel(ctx)
 	err := c.agent.Pause(ctx, c.id)
+	if errors.Is(err, context.DeadlineExceeded) {
+		// It may be about to. What is said not to be paused is not to be frozen.
+		if resumeErr := c.agent.Resume(ctx, c.id); resumeErr != nil {
+			log.L.WithError(resumeErr).Warnf("container %s may be paused, or not", c.id)
+		}
+	}
 	c.setPaused(err == nil, false)
 	if err != nil {
 		return err
@@ -325,7 +372,7 @@ func (c *container) resume(ctx context.Context) error {
 	if status, _, _ := c.status(c.init); status != task.Status_PAUSED {
 		return fmt.Errorf("cannot resume a container that is %s: %w", statusText(status), errdefs.ErrFailedPrecondition)
 	}
-	if err := c.agent.Resume(ctx, c.id); err != nil {
+	if err := c.agent.Resume(context.WithoutCancel(ctx), c.id); err != nil {
 		return err
 	}
 	c.setPaused(false, false)

@@ -49,9 +49,11 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*ta
 // ends when the container is deleted meanwhile. finish gives the id to the
 // container, or up if it is nil.
 func (s *service) reserve(ctx context.Context, id string) (_ context.Context, finish func(*container), err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	s.mu.Lock()
+	if err := s.lockWith(ctx, id); err != nil {
+		return nil, nil, err
+	}
 	defer s.mu.Unlock()
+	ctx, cancel := context.WithCancelCause(ctx)
 	switch {
 	case s.containers[id] != nil || s.creating[id] != nil:
 		err = fmt.Errorf("container %s: %w", id, errdefs.ErrAlreadyExists)
@@ -74,6 +76,38 @@ func (s *service) reserve(ctx context.Context, id string) (_ context.Context, fi
 		cancel(nil)
 		close(creation.done)
 	}, nil
+}
+
+// lockWith takes mu when nothing of an earlier container of this id is left in
+// the guest.
+func (s *service) lockWith(ctx context.Context, id string) error {
+	for {
+		s.mu.Lock()
+		released := s.withheld[id]
+		if released == nil {
+			return nil
+		}
+		s.mu.Unlock()
+		select {
+		case <-released:
+		case <-ctx.Done():
+			return fmt.Errorf("container %s: an earlier one of this id is still being removed in the guest: %w", id, context.Cause(ctx))
+		}
+	}
+}
+
+// withhold keeps an id from being reserved until release is called.
+func (s *service) withhold(id string) (release func()) {
+	released := make(chan struct{})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.withheld[id] = released
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.withheld, id)
+		close(released)
+	}
 }
 
 // abandon ends a Create in progress and waits until it has cleaned up.
@@ -212,11 +246,19 @@ func (s *service) createInGuest(ctx context.Context, r *taskapi.CreateTaskReques
 	} else {
 		defer connections.close()
 		plan.request.Streams = &connections.ids
-		if _, err := s.sandbox.agent.CreateContainer(ctx, plan.request); err != nil {
-			if ctx.Err() != nil {
-				plan.abandoned = true
-				go s.sandbox.discard(c.id)
-			}
+		sandbox, release := s.sandbox, s.withhold(c.id)
+		plan.abandoned, err = outlive(ctx, func(ctx context.Context) error {
+			_, err := sandbox.agent.CreateContainer(ctx, plan.request)
+			return err
+		}, func(answer error) {
+			defer release()
+			sandbox.discard(c.id, "", answer)
+			sandbox.releaseDisks(c.id)
+		})
+		if !plan.abandoned {
+			release()
+		}
+		if err != nil {
 			return fmt.Errorf("container %s: %w", c.id, err)
 		}
 		s.sandbox.watchVolumes(ctx, c.id, plan.mounts)
@@ -256,10 +298,7 @@ func (s *service) isAlone(c *container) bool {
 // oom tells of a container that has run into its memory limit. The id is the
 // agent's word.
 func (s *service) oom(id string) {
-	if !s.oomEvents.allow() {
-		return
-	}
-	if c, err := s.container(id); err == nil {
+	if c, err := s.container(id); err == nil && c.ooms.allow() {
 		s.publish(&eventsapi.TaskOOM{ContainerID: c.id})
 	}
 }

@@ -44,6 +44,8 @@ type process struct {
 	exited chan struct{} // closed when STOPPED
 
 	enforce sync.Once
+	// undoing is the container's, see its setUndoing.
+	undoing bool
 	// outlives says that the process has outlived SIGKILL.
 	outlives atomic.Bool
 }
@@ -107,8 +109,12 @@ func (p *process) start(ctx context.Context) error {
 		return err
 	}
 	err := p.streams.StartStdin()
-	if err == nil {
-		_, err = c.agent.StartProcess(ctx, c.id, p.execID)
+	switch {
+	case err != nil:
+	case p.execID == "":
+		_, err = c.agent.StartProcess(ctx, c.id, "")
+	default:
+		err = c.startExec(ctx, p)
 	}
 	if err != nil {
 		if p.execID != "" {
@@ -271,7 +277,7 @@ func (p *process) isDeleted() bool {
 // holds operation.
 func (p *process) remove(ctx context.Context) {
 	c := p.container
-	if c.sandbox.alive() == nil {
+	if c.sandbox.alive() == nil && !c.isUndoing(p) {
 		if err := c.agent.DeleteProcess(ctx, c.id, p.execID); err != nil && !errdefs.IsNotFound(err) {
 			// The guest keeps something; it has its machine's limits.
 			log.L.WithError(err).Warnf("the agent does not delete process %s", p.id())

@@ -465,7 +465,7 @@ func TestTermination(t *testing.T) {
 }
 
 // The shim has a mount namespace of its own and no capability that is not in the
-// list, its log goes to the fifo, with a report when it is asked for one, its heap
+// list, ignores no signal, its log goes to the fifo, with a report when it is asked for one, its heap
 // refuses huge pages, and ps shows whose it is.
 func TestSurroundings(t *testing.T) {
 	n := newNode(t)
@@ -502,6 +502,10 @@ func TestSurroundings(t *testing.T) {
 		}
 	}
 	checkCapabilities(t, pid)
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil || !strings.Contains(string(status), "SigIgn:\t0000000000000000\n") {
+		t.Errorf("hooks and logging programs would ignore signals as the shim does: %v\n%s", err, status)
+	}
 	line = make([]byte, 4096)
 	k, err := logFile.Read(line)
 	if err != nil || !strings.Contains(string(line[:k]), "virtual machine is up") || !strings.Contains(string(line[:k]), "sandbox=c1") {

@@ -438,21 +438,6 @@ func (s *sandbox) dialStream(ctx context.Context, id uint64) (*net.UnixConn, err
 	return conn, nil
 }
 
-// discard deletes a container whose creation nobody waits for any more, when
-// the agent has come to its end.
-func (s *sandbox) discard(id string) {
-	defer s.releaseDisks(id)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	for s.alive() == nil && ctx.Err() == nil {
-		s.agent.Signal(ctx, id, "", sigkill, true)
-		if s.agent.DeleteProcess(ctx, id, "") == nil {
-			return
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-}
-
 // halt ends the machine, if it runs, in order as long as that does not take
 // too long. What is the sandbox's on the host stays.
 func (s *sandbox) halt(patience time.Duration) error {

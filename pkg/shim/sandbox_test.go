@@ -404,3 +404,23 @@ func TestOOMEvent(t *testing.T) {
 	f.expectEvents("create c1", "oom c1")
 	f.delete("c1", "")
 }
+
+// Those of one container are limited, and are not at the expense of another one.
+func TestOOMEventsAreLimited(t *testing.T) {
+	f := newFixture(t)
+	f.create("c1", "sleep")
+	f.create("c2", "sleep")
+	for range 1000 {
+		f.service.oom("c1")
+	}
+	f.service.oom("c2")
+	count := map[string]int{}
+	for _, e := range f.seen() {
+		count[e]++
+	}
+	if n := count["oom c1"]; n < 20 || n > 30 || count["oom c2"] != 1 {
+		t.Errorf("%v", count)
+	}
+	f.delete("c1", "")
+	f.delete("c2", "")
+}

@@ -129,7 +129,9 @@ func (p *Program) newDaemon(in bootstrap.Invocation, stdin io.Reader) (*daemon, 
 func (d *daemon) run() error {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
-	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
+	// Nobody reads these. Were they ignored, so they would be by hooks and logging
+	// programs, which inherit that.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE, unix.SIGHUP)
 	reports := make(chan os.Signal, 1)
 	signal.Notify(reports, unix.SIGUSR1)
 	go func() {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -27,6 +28,10 @@ import (
 
 var empty = &emptypb.Empty{}
 
+// listTime is how long the guest may take to list a container's processes.
+// containerd gives all that it asks of a shim that it has found five seconds.
+const listTime = 3 * time.Second
+
 // service is containerd's task API for the containers of one sandbox.
 type service struct {
 	namespace string
@@ -34,9 +39,6 @@ type service struct {
 	publish   func(proto.Message)
 	// shutdown is called once the sandbox is not needed any more.
 	shutdown func()
-
-	// oomEvents bounds what a guest can make us send.
-	oomEvents *limiter
 
 	// slot is held by the one container that is being created.
 	slot chan struct{}
@@ -46,6 +48,8 @@ type service struct {
 	mu         sync.Mutex
 	containers map[string]*container
 	creating   map[string]*creation
+	// withheld are ids of which the guest may have something left.
+	withheld map[string]chan struct{}
 	// pod is nil unless the sandbox is one of the sandbox API.
 	pod    *pod
 	closed bool
@@ -63,10 +67,10 @@ func newService(namespace string, h *host, publish func(proto.Message), shutdown
 		host:       h,
 		publish:    publish,
 		shutdown:   shutdown,
-		oomEvents:  newLimiter(20, 1),
 		slot:       make(chan struct{}, 1),
 		containers: map[string]*container{},
 		creating:   map[string]*creation{},
+		withheld:   map[string]chan struct{}{},
 	}
 }
 
@@ -163,14 +167,21 @@ func (s *service) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.Pi
 	if err != nil {
 		return nil, err
 	}
+	// Until it is deleted, what stands for it on the host is there. A containerd
+	// that was away takes a shim whose task has no processes, or up to 2.2 cannot
+	// name any, for one that nobody knows (core/runtime/v2/shim_load.go), and
+	// deletes the task, with the exit that it has not been told of.
+	standing := &taskapi.PidsResponse{Processes: []*tasktypes.ProcessInfo{{Pid: c.pid}}}
 	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
-		// Until it is deleted, what stands for it on the host is there. A
-		// containerd that was away takes a shim whose task has no processes for
-		// one that nobody knows (core/runtime/v2/shim_load.go), and deletes the
-		// task, with the exit that it has not been told of.
-		return &taskapi.PidsResponse{Processes: []*tasktypes.ProcessInfo{{Pid: c.pid}}}, nil
+		return standing, nil
 	}
-	list, err := c.agent.Processes(ctx, c.id)
+	brief, cancel := context.WithTimeout(ctx, listTime)
+	defer cancel()
+	list, err := c.agent.Processes(brief, c.id)
+	if errors.Is(err, context.DeadlineExceeded) || errdefs.IsUnavailable(err) {
+		log.L.WithError(err).Warnf("container %s: only what stands for it on the host is listed", c.id)
+		return standing, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -310,7 +321,9 @@ func (s *service) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taskapi.
 	if err != nil {
 		return nil, err
 	}
-	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED {
+	// Those of a container that has ended are there until it is deleted: CRI looks
+	// into them for what has ended it.
+	if status, _, _ := c.init.state(); status == tasktypes.Status_STOPPED && c.sandbox.alive() != nil {
 		return nil, fmt.Errorf("container %s is not running: %w", c.id, errdefs.ErrNotFound)
 	}
 	metrics, err := c.agent.Stats(ctx, c.id)

@@ -114,6 +114,9 @@ func TestLifeCycle(t *testing.T) {
 	if err := f.kill("c1", ""); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "process already finished") {
 		t.Errorf("kill of what has ended: %v", err)
 	}
+	if _, err := f.Stats(ctx, &taskapi.StatsRequest{ID: "c1"}); err != nil {
+		t.Errorf("stats of what has ended: %v", err)
+	}
 	if err := f.delete("c1", ""); err != nil {
 		t.Error(err)
 	}

@@ -44,6 +44,10 @@ func TestSilentGuest(t *testing.T) {
 	if _, err := f.service.Stats(ctx, &taskapi.StatsRequest{ID: "c1"}); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("stats: %v", err)
 	}
+	// containerd takes a shim that cannot name a process for one to be forgotten.
+	if r, err := f.Pids(ctx, &taskapi.PidsRequest{ID: "c1"}); err != nil || len(r.Processes) != 1 || r.Processes[0].Pid == 0 {
+		t.Errorf("pids: %v, %v", r, err)
+	}
 	e := <-said
 	for !strings.Contains(e.Message, "does not answer") {
 		e = <-said
