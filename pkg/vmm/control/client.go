@@ -168,7 +168,10 @@ func (v *VMM) start(o Options, socket *os.File) error {
 			v.Kill()
 		}()
 		err = cmd.Wait()
-		<-read // the process is gone, so this ends: its last words count
+		// Its last words count: what has been sent is still read. But the socket need
+		// not end with the process, which may have given its end away, to us even.
+		v.conn.unix.CloseRead()
+		<-read
 		v.finish(err)
 	}()
 	if err := <-started; err != nil {
@@ -305,7 +308,8 @@ func (v *VMM) accepted(m message, file *os.File) bool {
 	return true
 }
 
-// streamConn takes over file.
+// streamConn takes over file. It could be anything, the VMM's end of the control
+// socket for example, which is not to be kept open here.
 func streamConn(file *os.File) (*net.UnixConn, error) {
 	c, err := net.FileConn(file)
 	file.Close()
@@ -313,9 +317,9 @@ func streamConn(file *os.File) (*net.UnixConn, error) {
 		return nil, fmt.Errorf("vsock connection: %w", err)
 	}
 	u, ok := c.(*net.UnixConn)
-	if !ok {
+	if !ok || u.LocalAddr().Network() != "unix" { // SOCK_SEQPACKET is "unixpacket"
 		c.Close()
-		return nil, errors.New("vsock connection is not a unix socket")
+		return nil, errors.New("vsock connection is not a unix stream socket")
 	}
 	return u, nil
 }

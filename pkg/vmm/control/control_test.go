@@ -28,6 +28,9 @@ var vmms = map[string]func(*Server){
 	"hangs-up":       func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); s.conn.unix.Close(); time.Sleep(time.Hour) },
 	"talks-nonsense": vmmNonsense,
 	"never-reads":    func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); time.Sleep(time.Hour) },
+
+	"gives-itself-away":           func(s *Server) { vmmGivesItselfAway(s, false) },
+	"gives-itself-away-in-flight": func(s *Server) { vmmGivesItselfAway(s, true) },
 }
 
 const vmmEnv = "MICROVM_CONTROL_TEST_VMM"
@@ -316,6 +319,8 @@ func TestHowAVMMEnds(t *testing.T) {
 		{vmm: "powers-off", reason: ReasonPowerOff},
 		{vmm: "hangs-up", reason: ReasonKilled},
 		{vmm: "talks-nonsense", reason: ReasonKilled},
+		{vmm: "gives-itself-away", reason: ReasonPowerOff},
+		{vmm: "gives-itself-away-in-flight", reason: ReasonPowerOff},
 	} {
 		t.Run(tc.vmm, func(t *testing.T) {
 			v, err := launch(t, tc.vmm)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -156,6 +157,88 @@ func FuzzVMM(f *testing.F) {
 			}
 		}
 	})
+}
+
+// vmmGivesItselfAway is a VMM that has its end of the control socket outlive it, in
+// the shim: as a connection, or in flight in one that the shim does not read.
+func vmmGivesItselfAway(s *Server, inFlight bool) {
+	s.ReplyBoot(vmmBoot(s), nil)
+	file, err := s.conn.unix.File()
+	if err != nil {
+		panic(err)
+	}
+	if inFlight {
+		a, b, err := Socketpair()
+		if err != nil {
+			panic(err)
+		}
+		if err := unix.Sendmsg(int(a.Fd()), []byte{0}, unix.UnixRights(int(file.Fd())), nil, 0); err != nil {
+			panic(err)
+		}
+		file = b
+	}
+	s.Accepted(1024, file)
+	s.Exited(Exit{Reason: ReasonPowerOff})
+}
+
+// TestOnlyStreams: what a VMM passes for a connection and is none is refused and
+// closed, its own end of the control socket above all.
+func TestOnlyStreams(t *testing.T) {
+	before := fdtest.Count(t)
+	v, theirs, read := hostileVMM(t)
+	a, b, err := Socketpair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := theirs.unix.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []*os.File{own, null, b} {
+		if err := theirs.send(t.Context(), message{Method: noteAccepted, Body: json.RawMessage(`{"port":1024}`)}, nil, file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := v.Accept(t.Context(), 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if network := c.LocalAddr().Network(); network != "unix" {
+		t.Fatalf("Accept returned a socket of type %s", network)
+	}
+	if _, err := a.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+	if got, err := io.ReadAll(c); err != nil || string(got) != "x" {
+		t.Errorf("the connection has %q, %v", got, err)
+	}
+	go func() {
+		buf, oob := scratch()
+		m, _, err := theirs.receive(buf, oob)
+		if err == nil {
+			err = theirs.send(t.Context(), message{ID: m.ID}, nil, own)
+		}
+		if err != nil {
+			t.Error(err)
+			theirs.unix.Close()
+		}
+	}()
+	if _, err := v.Dial(t.Context(), 1025); err == nil {
+		t.Error("Dial returned the control socket")
+	}
+	for _, f := range []io.Closer{b, own, null, c, theirs.unix} {
+		f.Close()
+	}
+	read.Wait()
+	v.conn.unix.Close()
+	if n := fdtest.Count(t); n > before {
+		t.Errorf("%d descriptors, there were %d", n, before)
+	}
 }
 
 // TestHostileVMM has a VMM flood the shim with whatever the protocol has, while
