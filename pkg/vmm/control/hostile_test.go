@@ -85,6 +85,7 @@ func FuzzVMM(f *testing.F) {
 	f.Add(join(packet(7, `{"method":"phase","body":{"name":"x\u0000"}}`), packet(0, `{"method":"exit","body":{"reason":"a\nb","detail":"\u001b[2J"}}`)))
 	f.Add(join(packet(1, `{"id":6,"body":{"address":"../../x\n"}}`), packet(0, `{"id":9,"body":{"vcpus":-1}}`), packet(0, `{"id":4,"body":{"nics":{"":{}}}}`)))
 	f.Add(join(packet(4, `{`), packet(0, `[]`), packet(0, ``)))
+	f.Add(packet(3, ``))
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		f.Fatal(err)
@@ -128,7 +129,12 @@ func FuzzVMM(f *testing.F) {
 			if n > 0 {
 				rights = unix.UnixRights(ours...)
 			}
-			_, _, err := theirs.unix.WriteMsgUnix(text, rights, nil)
+			var err error
+			if n > 0 && len(text) == 0 {
+				err = sendEmpty(theirs.unix, rights)
+			} else {
+				_, _, err = theirs.unix.WriteMsgUnix(text, rights, nil)
+			}
 			for _, fd := range ours {
 				unix.Close(fd)
 			}

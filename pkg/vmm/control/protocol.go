@@ -8,11 +8,11 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"syscall"
@@ -341,14 +341,10 @@ func (c *conn) write(ctx context.Context, packet, oob []byte) error {
 // gone.
 func (c *conn) receive(buf, oob []byte) (message, []*os.File, error) {
 	n, oobn, flags, _, err := c.unix.ReadMsgUnix(buf, oob)
-	if err == nil && n == 0 && oobn == 0 {
-		err = io.EOF
-	}
-	if err != nil {
-		return message{}, nil, err
-	}
-	files, err := parseRights(oob[:oobn])
-	if err != nil {
+	// A packet without a byte is io.EOF, too, and may have come with descriptors.
+	files, rightsErr := parseRights(oob[:oobn])
+	if err = cmp.Or(err, rightsErr); err != nil {
+		closeAll(files)
 		return message{}, nil, err
 	}
 	if flags&syscall.MSG_TRUNC != 0 || n > maxMessage {
