@@ -26,6 +26,8 @@ host_promises() {
 		= It opens no device, however that came into its root
 		pkg/shim/hostcgroup TestConfine
 		cmd/microvm-vmm TestJail/process
+		= It is in the pod's cgroup, of the version that has memory and cpu
+		pkg/shim/hostcgroup TestInspect TestEnterAndLeave
 		= With Landlock a descriptor of a directory outside of it leads nowhere, and nothing is executed
 		pkg/vmm/jail TestJail/paths/with_Landlock TestJail/paths/without_Landlock
 		= Its memory cannot be read by others of its user, and is in no dump

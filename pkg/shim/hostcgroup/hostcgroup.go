@@ -1,7 +1,8 @@
 // Package hostcgroup places the processes of a sandbox, the shim and the VMM,
 // in the sandbox's cgroup on the host: in each hierarchy of version 1, or the
-// one of version 2. It sets no limits: a container's limits are enforced in
-// the guest, and the machine needs more than the container may use.
+// one of version 2, whichever has the host's memory and cpu. It sets no limits: a
+// container's limits are enforced in the guest, and the machine needs more than the
+// container may use.
 package hostcgroup
 
 import (
@@ -27,6 +28,12 @@ type hierarchy struct {
 	// "name=systemd"; empty for version 2.
 	controllers string
 	v2          bool
+}
+
+// limits says whether version 1's memory or cpu is here, by which pods are limited.
+func (h hierarchy) limits() bool {
+	controllers := strings.Split(h.controllers, ",")
+	return slices.Contains(controllers, "memory") || slices.Contains(controllers, "cpu")
 }
 
 // Group is a sandbox's cgroup. It is not for concurrent use.
@@ -107,9 +114,12 @@ func expand(cgroupsPath string) (string, error) {
 	return filepath.Join(path, slice, unit), nil
 }
 
-// inspect finds the hierarchies and where the process is in them. On a host
-// that has version 1 hierarchies, version 2 has no controllers and is left
-// alone.
+// inspect finds the hierarchies that count and where the process is in each. A
+// controller is version 1's or version 2's. Where memory or cpu are version 1's,
+// version 2 is left alone, also if it is mounted, as systemd's hybrid mode does;
+// else a hierarchy of version 1 is something that somebody has mounted beside
+// version 2, as VPN clients do with net_cls, and that runc and the kubelet do not
+// look at either.
 func inspect(mounts []*mountinfo.Info, self []byte) ([]hierarchy, map[string]string) {
 	position := map[string]string{} // by controllers
 	for line := range bytes.Lines(self) {
@@ -135,7 +145,7 @@ func inspect(mounts []*mountinfo.Info, self []byte) ([]hierarchy, map[string]str
 			before[m.Mountpoint] = below(m.Root, path)
 		}
 	}
-	if len(v1) > 0 {
+	if len(v2) == 0 || slices.ContainsFunc(v1, hierarchy.limits) {
 		return v1, before
 	}
 	if len(v2) > 1 {

@@ -73,6 +73,34 @@ func TestInspect(t *testing.T) {
 			map[string]string{"/sys/fs/cgroup/cpu,cpuacct": "/a", "/sys/fs/cgroup/systemd": "/b:c", "/sys/fs/cgroup/unified": "/d"},
 		},
 		{
+			"version 1's memory with what is left in version 2",
+			[]*mountinfo.Info{
+				mount("cgroup2", "/", "/sys/fs/cgroup/unified", "rw"),
+				mount("cgroup", "/", "/sys/fs/cgroup/memory", "rw,memory"),
+			},
+			"3:memory:/a\n0::/d\n",
+			[]hierarchy{{mountpoint: "/sys/fs/cgroup/memory", controllers: "memory"}},
+			map[string]string{"/sys/fs/cgroup/memory": "/a", "/sys/fs/cgroup/unified": "/d"},
+		},
+		{
+			"version 2 beside a stray one of version 1", // as VPN clients mount one
+			[]*mountinfo.Info{
+				mount("cgroup2", "/", "/sys/fs/cgroup", "rw,nsdelegate"),
+				mount("cgroup", "/", "/run/vpn/net_cls", "rw,net_cls"),
+				mount("cgroup", "/", "/run/cpuset", "rw,cpuset,cpuacct"),
+			},
+			"2:cpuset,cpuacct:/\n1:net_cls:/\n0::/system.slice/containerd.service\n",
+			[]hierarchy{{mountpoint: "/sys/fs/cgroup", v2: true}},
+			map[string]string{"/sys/fs/cgroup": "/system.slice/containerd.service", "/run/vpn/net_cls": "/", "/run/cpuset": "/"},
+		},
+		{
+			"version 1 without memory and cpu, and nothing else",
+			[]*mountinfo.Info{mount("cgroup", "/", "/sys/fs/cgroup/systemd", "rw,name=systemd")},
+			"1:name=systemd:/a\n",
+			[]hierarchy{{mountpoint: "/sys/fs/cgroup/systemd", controllers: "name=systemd"}},
+			map[string]string{"/sys/fs/cgroup/systemd": "/a"},
+		},
+		{
 			"inside a container",
 			[]*mountinfo.Info{mount("cgroup", "/docker/1", "/sys/fs/cgroup/memory", "rw,memory")},
 			"3:memory:/docker/1/x\n",
