@@ -47,7 +47,7 @@ host_promises() {
 		pkg/vmm/jail TestJail/missing
 		= A VMM that its guest has taken over fills nothing of the shim's, and cannot hang it
 		cmd/microvm-vmm TestSocketsStayNonBlocking
-		pkg/vmm/control TestHostileVMM TestOnlyStreams TestVMMThatDoesNotRead TestPatience FuzzVMM FuzzReceive TestHowAVMMEnds
+		pkg/vmm/control TestHostileVMM TestOnlyStreams TestVMMThatDoesNotRead TestVMMThatShutsItsEars TestPatience FuzzVMM FuzzReceive TestHowAVMMEnds
 		= A guest reaches no host memory but its own
 		pkg/vmm/memory TestSlice FuzzSlice TestBlocks FuzzBlocks
 		pkg/vmm/virtio TestNextRefuses TestQueueMatchesModel TestRewrittenWhileRead FuzzQueue

@@ -337,10 +337,13 @@ func (v *VMM) call(ctx context.Context, method string, body any, files ...*os.Fi
 	v.mu.Unlock()
 
 	if err := v.conn.send(ctx, message{ID: id, Method: method}, body, files...); err != nil {
+		v.abandon(id, ch)
 		if errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) {
+			// It is ending, or it has shut down the reading half alone, of which readLoop
+			// sees nothing.
+			v.Kill()
 			return reply{}, v.gone(ctx)
 		}
-		v.abandon(id, ch)
 		return reply{}, err
 	}
 	select {

@@ -28,6 +28,7 @@ var vmms = map[string]func(*Server){
 	"hangs-up":       func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); s.conn.unix.Close(); time.Sleep(time.Hour) },
 	"talks-nonsense": vmmNonsense,
 	"never-reads":    func(s *Server) { s.ReplyBoot(vmmBoot(s), nil); time.Sleep(time.Hour) },
+	"shuts-its-ears": func(s *Server) { r := vmmBoot(s); s.conn.unix.CloseRead(); s.ReplyBoot(r, nil); time.Sleep(time.Hour) },
 
 	"gives-itself-away":           func(s *Server) { vmmGivesItselfAway(s, false) },
 	"gives-itself-away-in-flight": func(s *Server) { vmmGivesItselfAway(s, true) },

@@ -361,6 +361,27 @@ func TestVMMThatDoesNotRead(t *testing.T) {
 	}
 }
 
+// TestVMMThatShutsItsEars: a VMM to which nothing can be sent any more is ended, though
+// its socket is not, and what was asked is not kept.
+func TestVMMThatShutsItsEars(t *testing.T) {
+	v, err := launch(t, "shuts-its-ears")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	callAll(ctx, v, tempFile(t, "")).Wait()
+	v.mu.Lock()
+	n := len(v.pending)
+	v.mu.Unlock()
+	if n != 0 || ctx.Err() != nil {
+		t.Fatalf("%d requests are kept, %v", n, ctx.Err())
+	}
+	if e := v.Exit(); e.Reason != ReasonKilled {
+		t.Errorf("Exit: %v", e)
+	}
+}
+
 // TestNoDescriptorsLeft: where the kernel finds no room for the descriptor that an
 // answer comes with, the request fails, and not the whole machine.
 func TestNoDescriptorsLeft(t *testing.T) {
