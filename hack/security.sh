@@ -71,7 +71,7 @@ host_promises() {
 		= No kernel file does
 		pkg/vmm/boot TestLoadKernelRefuses FuzzLoadKernel
 		= A flood costs the host a bounded amount: streams, console output, output that nobody reads, lines of log
-		pkg/vmm/virtio/vsock TestConnectionFlood TestHalfOpenFlood TestSlowReader TestRXStarved
+		pkg/vmm/virtio/vsock TestConnectionFlood TestHalfOpenFlood TestSlowReader TestRXStarved TestLinesOfLog
 		pkg/vmm/virtio/console TestFloodWithStuckReader
 		pkg/vmm TestRateLimit TestBudget
 		pkg/shim TestLineLog FuzzLines TestLogLimit TestLogWithoutReader

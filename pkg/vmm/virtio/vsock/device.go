@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
@@ -86,6 +87,7 @@ type Config struct {
 type Device struct {
 	config                       Config
 	dialTimeout, shutdownTimeout time.Duration // lowered by tests
+	complaints                   atomic.Uint64 // that were to be logged
 
 	mu  sync.Mutex
 	mux *mux // nil while the driver has not activated the device
@@ -171,7 +173,7 @@ func (d *Device) Activate(a virtio.Activation) error {
 	if len(a.Queues) != numQueues || a.Queues[rxQueue] == nil || a.Queues[txQueue] == nil {
 		return errors.New("vsock: the driver enabled no rx or no tx queue")
 	}
-	m, err := startMux(&d.config, a, d.shutdownTimeout)
+	m, err := startMux(d, a)
 	if err != nil {
 		return fmt.Errorf("vsock: %w", err)
 	}

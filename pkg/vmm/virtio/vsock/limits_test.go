@@ -1,11 +1,14 @@
 package vsock
 
 import (
+	"bytes"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 
@@ -211,6 +214,23 @@ func TestReset(t *testing.T) {
 	}
 	waitFor(t, "the goroutines have ended", func() bool { return runtime.NumGoroutine() <= goroutines })
 	waitFor(t, "the files are closed", func() bool { return fdtest.Count(t) <= files })
+}
+
+// What a guest does wrong fills no log, however often it resets the device.
+func TestLinesOfLog(t *testing.T) {
+	var log bytes.Buffer
+	g := newGuest(t, Config{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	for range 3 {
+		for range maxComplaints + 10 {
+			g.sendRaw([]byte("x"))
+		}
+		waitFor(t, "the packets are taken", func() bool { return len(g.txFree) == txSlots })
+		g.reset()
+		g.start()
+	}
+	if n := strings.Count(log.String(), "\n"); n != maxComplaints {
+		t.Errorf("%d lines, want %d:\n%s", n, maxComplaints, &log)
+	}
 }
 
 func TestActivateNeedsQueues(t *testing.T) {

@@ -28,7 +28,8 @@ const (
 	// until the guest gives rx buffers could mean to wait for each other.
 	maxResets = 1024
 
-	// maxComplaints bounds the log lines of one activation.
+	// maxComplaints bounds the log lines of a device, over all activations: a guest
+	// can reset it as often as it likes.
 	maxComplaints = 20
 )
 
@@ -47,34 +48,35 @@ type mux struct {
 	poller          *poller
 	shutdownTimeout time.Duration
 	goroutines      sync.WaitGroup
-	rxKicked        atomic.Bool // the driver has added rx buffers
+	rxKicked        atomic.Bool    // the driver has added rx buffers
+	complaints      *atomic.Uint64 // Device.complaints
 
 	payload [][]byte // the tx goroutine's scratch
 
-	mu         sync.Mutex // protects what follows
-	stopped    bool
-	listed     map[connKey]*conn  // connections that packets are for
-	conns      map[*conn]struct{} // those, and what is left of others
-	ready      []*conn            // the pump has something to do for them; in turn
-	resets     []reset
-	asleep     bool // the pump waits for events
-	nextPort   uint32
-	nextID     uint64
-	complaints int
+	mu       sync.Mutex // protects what follows
+	stopped  bool
+	listed   map[connKey]*conn  // connections that packets are for
+	conns    map[*conn]struct{} // those, and what is left of others
+	ready    []*conn            // the pump has something to do for them; in turn
+	resets   []reset
+	asleep   bool // the pump waits for events
+	nextPort uint32
+	nextID   uint64
 }
 
-func startMux(config *Config, a virtio.Activation, shutdownTimeout time.Duration) (*mux, error) {
+func startMux(d *Device, a virtio.Activation) (*mux, error) {
 	p, err := newPoller()
 	if err != nil {
 		return nil, err
 	}
 	m := &mux{
-		config:          config,
+		config:          &d.config,
 		rx:              a.Queues[rxQueue],
 		tx:              a.Queues[txQueue],
 		fail:            a.Fail,
 		poller:          p,
-		shutdownTimeout: shutdownTimeout,
+		shutdownTimeout: d.shutdownTimeout,
+		complaints:      &d.complaints,
 		listed:          map[connKey]*conn{},
 		conns:           map[*conn]struct{}{},
 		nextPort:        firstPort,
@@ -330,14 +332,10 @@ func (m *mux) nextReset() (reset, bool) {
 
 // complain logs, a bounded number of times, what the guest did wrong.
 func (m *mux) complain(message string, args ...any) {
-	m.mu.Lock()
-	m.complaints++
-	n := m.complaints
-	m.mu.Unlock()
-	switch {
+	switch n := m.complaints.Add(1); {
 	case n < maxComplaints:
 		m.config.Log.Warn(message, args...)
 	case n == maxComplaints:
-		m.config.Log.Warn("vsock: no more lines like this until the device is reset")
+		m.config.Log.Warn("vsock: no more lines like this from this device")
 	}
 }
