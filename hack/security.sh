@@ -70,8 +70,9 @@ host_promises() {
 		pkg/vmm/virtio/virtiopci TestKicksOfWhatIsNotReady TestComesAndGoes FuzzTransport
 		= No kernel file does
 		pkg/vmm/boot TestLoadKernelRefuses FuzzLoadKernel
-		= A flood costs the host a bounded amount: streams, console output, output that nobody reads, lines of log
+		= A flood costs the host a bounded amount: streams, console output, output that nobody reads, lines of log, changes of a tap
 		pkg/vmm/virtio/vsock TestConnectionFlood TestHalfOpenFlood TestSlowReader TestRXStarved TestLinesOfLog
+		pkg/vmm/virtio/net TestTapChanges
 		pkg/vmm/virtio/console TestFloodWithStuckReader
 		pkg/vmm TestRateLimit TestBudget
 		pkg/shim TestLineLog FuzzLines TestLogLimit TestLogWithoutReader

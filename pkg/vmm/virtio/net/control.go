@@ -14,17 +14,12 @@ const (
 
 	ackOK    = 0
 	ackError = 1
-
-	// maxPairChanges bounds those of one activation: each takes locks of the
-	// host's kernel that all its networks share.
-	maxPairChanges = 64
 )
 
 // controller serves the control queue.
 type controller struct {
 	device     *Device
 	activation virtio.Activation
-	changes    int
 }
 
 func (c *controller) handle(chain *virtio.Chain) (written uint32, done bool) {
@@ -43,7 +38,7 @@ func (c *controller) handle(chain *virtio.Chain) (written uint32, done bool) {
 
 // setPairs has the guest use the first n queue pairs.
 func (c *controller) setPairs(n int) bool {
-	if c.activation.Features&featureMQ == 0 || n < 1 || n > len(c.device.pairs) || c.changes == maxPairChanges {
+	if c.activation.Features&featureMQ == 0 || n < 1 || n > len(c.device.pairs) || !c.device.changes.Ready() {
 		return false
 	}
 	for _, q := range c.activation.Queues[:2*n] {
@@ -51,7 +46,6 @@ func (c *controller) setPairs(n int) bool {
 			return false
 		}
 	}
-	c.changes++
 	if err := c.device.usePairs(n); err != nil {
 		c.device.tapGone.Do(func() { c.device.log.Error("a network device cannot use its tap's queues", "error", err) })
 		return false

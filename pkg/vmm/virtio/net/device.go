@@ -70,6 +70,12 @@ const (
 	MaxQueuePairs = 32
 )
 
+// tapChanges bounds how often a guest has a queue of its tap attached or detached, or
+// the tap's offloads changed, over the life of the device: each takes a lock of the
+// host's kernel that all its networks share (drivers/net/tun.c, rtnl_lock). A driver
+// that is bound makes 63 changes at the most.
+var tapChanges = ratelimit.Limits{Operations: ratelimit.Rate{PerSecond: 4, Burst: 1024}}
+
 // Config describes a network device.
 type Config struct {
 	// Taps are the queues of one tap device, one for each queue pair: opened with
@@ -112,6 +118,7 @@ type Device struct {
 	gone     atomic.Bool // the tap is: the link is down
 
 	rxGate, txGate *ratelimit.Gate
+	changes        *ratelimit.Gate // see tapChanges; it is asked, but not waited for
 
 	badBuffers, tapGone sync.Once // to log
 
@@ -133,7 +140,14 @@ func New(c Config) (_ *Device, err error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	d := &Device{log: c.Log, mac: c.MAC, mtu: c.MTU, rxGate: c.RXLimit.NewGate(), txGate: c.TXLimit.NewGate()}
+	changes, err := ratelimit.New(tapChanges, ratelimit.SystemClock)
+	if err != nil {
+		return nil, err
+	}
+	d := &Device{
+		log: c.Log, mac: c.MAC, mtu: c.MTU,
+		rxGate: c.RXLimit.NewGate(), txGate: c.TXLimit.NewGate(), changes: changes.NewGate(),
+	}
 	d.features = featureCsum | featureGuestCsum | featureMAC | featureStatus | featureMrgRxbuf | featureCtrlVQ |
 		featureGuestTSO4 | featureGuestTSO6 | featureGuestECN | featureHostTSO4 | featureHostTSO6 | featureHostECN
 	if c.MTU != 0 {
@@ -259,10 +273,17 @@ func (d *Device) setUp(features uint64, pairs []*pair) error {
 		return nil // the receivers see it again, and the guest that the link is down
 	}
 	if offloads := tapOffloads(features); offloads != d.offloads {
+		if !d.changes.Ready() { // frames would come of which the driver has not been told
+			return errors.New("its driver has changed the tap's offloads too often")
+		}
+		d.changes.Charge(1, 0)
 		if err := d.pairs[0].setOffloads(offloads); err != nil {
 			return err
 		}
 		d.offloads = offloads
+	}
+	if !d.changes.Ready() {
+		return nil // it goes on with those that it had
 	}
 	// One queue pair until the driver asks for more (section 5.1.6.5.6).
 	return d.usePairs(1)
@@ -281,15 +302,12 @@ func (d *Device) Reset() {
 // usePairs has the tap deliver frames to its first n queues only.
 func (d *Device) usePairs(n int) error {
 	var errs []error
-	for i, p := range d.pairs {
-		if i < n { // first, lest there be none
-			errs = append(errs, p.attach(true))
+	for i, p := range d.pairs { // those to be attached first, lest there be none
+		changed, err := p.attach(i < n)
+		if changed {
+			d.changes.Charge(1, 0)
 		}
-	}
-	for i, p := range d.pairs {
-		if i >= n {
-			errs = append(errs, p.attach(false))
-		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

@@ -2,14 +2,18 @@ package net
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"log/slog"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/eventfd"
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit"
+	"github.com/microvm-runtime/microvm/pkg/vmm/ratelimit/ratelimittest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/virtiotest"
 )
@@ -75,12 +79,88 @@ func TestControlQueue(t *testing.T) {
 			t.Errorf("ack %d", out[0][0])
 		}
 	})
-	t.Run("too often", func(t *testing.T) {
-		g := newGuest(t, device, virtiotest.Options{}, 0, 0)
-		for i := range maxPairChanges + 3 {
-			_, out := g.Send(control, set(byte(1+i%2), 0), []int{1}).Wait(t)
-			if want := i >= maxPairChanges; (out[0][0] == ackError) != want {
-				t.Fatalf("change %d: ack %d", i, out[0][0])
+}
+
+// TestTapChanges: a guest that resets the device has the tap changed no more often
+// than one that does not. What it does for the first time after a while is done.
+func TestTapChanges(t *testing.T) {
+	const control, burst = 4, 10
+	clock := ratelimittest.New()
+	limits := ratelimit.Limits{Operations: ratelimit.Rate{PerSecond: 1, Burst: burst}}
+	limited := func() *Device {
+		d := newDevice(t, newLink(t, 2), Config{})
+		d.changes = newLimiter(t, limits, clock).NewGate()
+		return d
+	}
+	t.Run("pairs", func(t *testing.T) {
+		g := newGuest(t, limited(), virtiotest.Options{}, 0, 0) // offloads, and one pair
+		set := func(n byte) byte {
+			_, out := g.Send(control, [][]byte{{classMQ, mqPairsSet, n, 0}}, []int{1}).Wait(t)
+			return out[0][0]
+		}
+		for i := range burst - 2 {
+			if ack := set(byte(2 - i%2)); ack != ackOK {
+				t.Fatalf("change %d: ack %d", i, ack)
+			}
+		}
+		for range 3 {
+			if ack := set(2); ack != ackError {
+				t.Errorf("change too much: ack %d", ack)
+			}
+			g.Reset()
+			g.Activate()
+		}
+		clock.Advance(time.Second)
+		if ack := set(2); ack != ackOK {
+			t.Errorf("after a second: ack %d", ack)
+		}
+		g.Reset()
+		g.Activate() // as it is, which is two pairs
+		if p := g.device.pairs[1]; !p.attached {
+			t.Error("the second pair was detached")
+		}
+	})
+	t.Run("offloads", func(t *testing.T) {
+		d := limited()
+		activate := func(features uint64) error {
+			defer d.Reset()
+			return d.Activate(virtio.Activation{Features: features, Queues: make([]*virtio.Queue, 5)})
+		}
+		all, none := d.Features(), d.Features()&^featureGuestCsum
+		for i := range (burst - 1) / 2 { // and one pair
+			if err := errors.Join(activate(all), activate(none)); err != nil {
+				t.Fatalf("round %d: %v", i, err)
+			}
+		}
+		if err := activate(all); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			if err := activate(none); err == nil {
+				t.Error("a change too much")
+			}
+			if err := activate(all); err != nil { // which are none
+				t.Error(err)
+			}
+		}
+		clock.Advance(time.Second)
+		if err := activate(none); err != nil {
+			t.Errorf("after a second: %v", err)
+		}
+	})
+	t.Run("of 32 pairs", func(t *testing.T) {
+		d := newDevice(t, newLink(t, MaxQueuePairs), Config{})
+		d.changes = newLimiter(t, tapChanges, clock).NewGate()
+		g := newGuest(t, d, virtiotest.Options{Memory: virtiotest.NewMemory(t, 1<<20, 32<<20)}, 0, 0)
+		for i := range 10 { // a driver that is bound again and again
+			_, out := g.Send(2*MaxQueuePairs, [][]byte{{classMQ, mqPairsSet, MaxQueuePairs, 0}}, []int{1}).Wait(t)
+			if out[0][0] != ackOK {
+				t.Fatalf("round %d: ack %d", i, out[0][0])
+			}
+			g.Reset()
+			g.Activate()
+			if d.pairs[1].attached {
+				t.Fatalf("round %d: more than one pair after a reset", i)
 			}
 		}
 	})
@@ -243,6 +323,7 @@ func FuzzDevice(f *testing.F) {
 	f.Add(^uint64(0), []byte{3, 2, 0, 0, 1, 255, 255, 1, 1, 255, 255, 1, 2, 0, 200, 0, 3, 1, 0, 0})
 	l := newLink(f, 2)
 	device := newDevice(f, l, Config{})
+	device.changes = nil // no limit: all scripts have the same device
 	drain := func() {
 		for b := make([]byte, 1<<17); l.tryReceive(b); {
 		}

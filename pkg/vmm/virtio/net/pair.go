@@ -163,26 +163,27 @@ func (p *pair) setOffloads(offloads int) error {
 }
 
 // attach has the tap deliver frames to this queue, or not: then the kernel drops
-// those that are in it, and reading it gives EAGAIN.
-func (p *pair) attach(on bool) error {
+// those that are in it, and reading it gives EAGAIN. It says whether there was
+// something to change.
+func (p *pair) attach(on bool) (changed bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if on == p.attached {
-		return nil
+		return false, nil
 	}
 	ifr, err := unix.NewIfreq("x") // the name counts for nothing
 	if err != nil {
-		return err
+		return false, err
 	}
 	ifr.SetUint16(unix.IFF_DETACH_QUEUE)
 	if on {
 		ifr.SetUint16(unix.IFF_ATTACH_QUEUE)
 	}
 	if err := unix.IoctlIfreq(p.fd, unix.TUNSETQUEUE, ifr); err != nil {
-		return fmt.Errorf("TUNSETQUEUE: %w", err)
+		return true, fmt.Errorf("TUNSETQUEUE: %w", err)
 	}
 	p.attached = on
-	return nil
+	return true, nil
 }
 
 // interrupt ends the wait for frames, and lets nobody wait any more; or allows
