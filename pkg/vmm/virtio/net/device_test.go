@@ -246,6 +246,25 @@ func TestTransmitBad(t *testing.T) {
 	l.receive()
 }
 
+// TestOffloads: whichever of the offloads that there are a driver accepts, the tap takes
+// what becomes of them.
+func TestOffloads(t *testing.T) {
+	d := newDevice(t, newLink(t, 1), Config{})
+	offloads := []uint64{featureGuestCsum, featureGuestTSO4, featureGuestTSO6, featureGuestECN, featureGuestUSO4, featureGuestUSO6}
+	for choice := range 1 << len(offloads) {
+		features := uint64(virtio.FeatureVersion1)
+		for i, f := range offloads {
+			if choice>>i&1 != 0 {
+				features |= f & d.Features()
+			}
+		}
+		if err := d.Activate(virtio.Activation{Features: features, Queues: make([]*virtio.Queue, 3)}); err != nil {
+			t.Errorf("features %#x: %v", features, err)
+		}
+		d.Reset()
+	}
+}
+
 func TestLinkDown(t *testing.T) {
 	l := newLink(t, 1)
 	g := newGuest(t, newDevice(t, l, Config{}), virtiotest.Options{}, 0, 0)

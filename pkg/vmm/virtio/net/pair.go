@@ -148,6 +148,11 @@ func tapOffloads(features uint64) int {
 			offloads |= o.tap
 		}
 	}
+	// The kernel takes these two together only (drivers/net/tun.c, set_offload). Fewer
+	// offloads than the driver accepted are allowed.
+	if uso := tapUSO4 | tapUSO6; offloads&uso != uso {
+		offloads &^= uso
+	}
 	if features&featureGuestECN != 0 && offloads&(tapTSO4|tapTSO6) != 0 {
 		offloads |= tapECN
 	}
