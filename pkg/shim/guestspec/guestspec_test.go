@@ -550,6 +550,9 @@ func TestRefused(t *testing.T) {
 		{"mapped memory", func(s *specs.Spec) {
 			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "tmpfs", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
 		}, "mapped in bind mounts only", false},
+		{"a mapped disk", func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "ext4", Source: "/dev/sdz", Options: []string{"idmap"}}}
+		}, "mapped in bind mounts only", false},
 		{"mounts for the host", func(s *specs.Spec) {
 			s.Mounts = []specs.Mount{{Destination: "/mnt", Type: "bind", Source: "/", Options: []string{"rbind", "rshared"}}}
 		}, "Bidirectional", false},

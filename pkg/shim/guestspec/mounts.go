@@ -69,7 +69,7 @@ func (r *Result) mount(m *specs.Mount, in Input) error {
 	if isBind(m) {
 		return r.bind(m, in)
 	}
-	if len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0 {
+	if len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0 || slices.ContainsFunc(m.Options, isIDMap) {
 		return unsupported("mount %s: ids can be mapped in bind mounts only", m.Destination)
 	}
 	if m.Type == "tmpfs" && m.Destination == shmPath && in.Pod {
@@ -97,6 +97,8 @@ func (r *Result) mount(m *specs.Mount, in Input) error {
 func isBind(m *specs.Mount) bool {
 	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")
 }
+
+func isIDMap(option string) bool { return option == "idmap" || option == "ridmap" }
 
 // share has the mount made on the host and points m there.
 func (r *Result) share(m *specs.Mount, in Input, mount Mount) {
@@ -158,6 +160,7 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 		UIDs: m.UIDMappings, GIDs: m.GIDMappings,
 	}
 	m.UIDMappings, m.GIDMappings = nil, nil
+	mapped := len(mount.UIDs) > 0 || len(mount.GIDs) > 0
 	for _, option := range m.Options { // mostly the last word counts
 		switch option {
 		case "bind":
@@ -176,12 +179,17 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 			// The guest's kernel mounts what it has, and the host's what that has.
 			return unsupported("mount %s: what is mounted in a virtual machine cannot appear on the host (the mount option %s, or the mount propagation Bidirectional)", m.Destination, option)
 		case "idmap", "ridmap":
-			mount.RecursiveIDs = option == "ridmap"
+			if !mapped && hasNamespace(r.Spec.Linux.Namespaces, specs.UserNamespace) {
+				// As runc has it (libcontainer/specconv/spec_linux.go).
+				mount.UIDs, mount.GIDs = r.Spec.Linux.UIDMappings, r.Spec.Linux.GIDMappings
+			}
+			mapped, mount.RecursiveIDs = true, option == "ridmap"
 		}
 	}
-	m.Options = slices.DeleteFunc(m.Options, func(option string) bool {
-		return option == "idmap" || option == "ridmap"
-	})
+	if mapped && (len(mount.UIDs) == 0 || len(mount.GIDs) == 0) {
+		return invalid("mount %s: ids are to be mapped, but neither the mount nor a user namespace of the container says how, of users and of groups", m.Destination)
+	}
+	m.Options = slices.DeleteFunc(m.Options, isIDMap)
 	if _, _, place := ofPod(r.Spec, target); isEmptyDir(place) && (mount.ReadOnly || mount.RecursiveReadOnly) {
 		// What is the pod's own anyhow is the same mount for those of its
 		// containers that may only read: they are kept from writing by the guest.
