@@ -45,6 +45,29 @@ var guestTypes = []string{
 	"bpf", "debugfs", "tracefs", "securityfs", "hugetlbfs",
 }
 
+// mountFlags are the options that are of a mount and not of its file system, in
+// libcontainer's words (specconv/spec_linux.go), where with an r in front they are
+// of all mounts below as well. The value says whether the host's mount is to have
+// the flag too; containerd, which makes it, would take the others for the file
+// system's (core/mount/mount_linux.go).
+var mountFlags = map[string]bool{
+	"ro": true, "rw": true,
+	"suid": true, "nosuid": true,
+	"dev": true, "nodev": true,
+	"exec": true, "noexec": true,
+	"atime": true, "noatime": true,
+	"diratime": true, "nodiratime": true,
+	"relatime": true, "norelatime": true,
+	"strictatime": true, "nostrictatime": true,
+	"symfollow": false, "nosymfollow": false, // the file server follows no link
+}
+
+// propagations are options of a mount, too. One that the host has just made is
+// nobody else's.
+var propagations = []string{
+	"private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable",
+}
+
 // kernelTypes are those that show the kernel's own state: through a share, a
 // container would see another kernel's than the one it runs on.
 var kernelTypes = []int64{
@@ -85,13 +108,39 @@ func (r *Result) mount(m *specs.Mount, in Input) error {
 		return nil
 	}
 	// Any other file system is on a device, a server or files of the host's.
-	options := []string{"rbind"}
-	if slices.Contains(m.Options, "ro") {
-		options = append(options, "ro")
-	}
-	r.share(m, in, Mount{Destination: m.Destination, Source: m.Source, Type: m.Type, Options: m.Options})
-	m.Options = options
+	host, guest := divide(m.Options)
+	r.share(m, in, Mount{Destination: m.Destination, Source: m.Source, Type: m.Type, Options: host})
+	m.Options = guest
 	return nil
+}
+
+// divide says which options are for a file system that the host mounts, and which
+// for the guest's bind mount of that. What a program that is executed may do, which
+// devices there are and where a link leads is the guest's kernel's to say, and
+// what is read-only or notes no times of access also the host's.
+func divide(options []string) (host, guest []string) {
+	guest = []string{"rbind"}
+	for _, option := range options {
+		flag, recursive := strings.CutPrefix(option, "r")
+		if _, known := mountFlags[flag]; !recursive || !known {
+			flag = option
+		}
+		hosts, known := mountFlags[flag]
+		switch {
+		case slices.Contains(propagations, option):
+			guest = append(guest, option)
+		case !known:
+			host = append(host, option)
+		default:
+			guest = append(guest, option)
+			// Below a new mount there is nothing; what rrw would undo is the
+			// file system's.
+			if hosts && option != "rrw" {
+				host = append(host, flag)
+			}
+		}
+	}
+	return host, guest
 }
 
 func isBind(m *specs.Mount) bool {

@@ -64,3 +64,50 @@ func TestIDMap(t *testing.T) {
 		})
 	}
 }
+
+// The flags of a mount are the guest's: it is the guest's kernel that executes and opens what is there. The options of a
+// file system are the host's, which mounts it.
+func TestMountFlags(t *testing.T) {
+	for _, test := range []struct{ options, host, guest []string }{
+		{nil, nil, nil},
+		{
+			[]string{"nosuid", "nodev", "noexec", "data=ordered", "noatime", "ro"},
+			[]string{"nosuid", "nodev", "noexec", "data=ordered", "noatime", "ro"},
+			[]string{"nosuid", "nodev", "noexec", "noatime", "ro"},
+		},
+		{
+			[]string{"ro", "suid", "rw", "dev", "exec", "sync", "nodiratime", "strictatime"},
+			[]string{"ro", "suid", "rw", "dev", "exec", "sync", "nodiratime", "strictatime"},
+			[]string{"ro", "suid", "rw", "dev", "exec", "nodiratime", "strictatime"},
+		},
+		// What is read-only is so on the host's side.
+		{[]string{"rro", "rnoatime", "relatime"}, []string{"ro", "noatime", "relatime"}, []string{"rro", "rnoatime", "relatime"}},
+		{[]string{"ro", "rrw"}, []string{"ro"}, []string{"ro", "rrw"}},
+		// Words that would be taken for the file system's on the host.
+		{
+			[]string{"nosymfollow", "rnosymfollow", "rprivate", "rslave", "unbindable", "noload"},
+			[]string{"noload"},
+			[]string{"nosymfollow", "rnosymfollow", "rprivate", "rslave", "unbindable"},
+		},
+	} {
+		spec := base()
+		spec.Mounts = []specs.Mount{{Destination: "/data", Type: "ext4", Source: "/dev/sdz", Options: test.options}}
+		r := rewrite(t, spec, first)
+		if want := (Mount{Destination: "/data", Source: "/dev/sdz", Type: "ext4", Options: test.host}); !reflect.DeepEqual(r.Mounts, []Mount{want}) {
+			t.Errorf("%q: on the host %+v\nwant %+v", test.options, r.Mounts, want)
+		}
+		if got, want := r.Spec.Mounts[0].Options, append([]string{"rbind"}, test.guest...); !slices.Equal(got, want) {
+			t.Errorf("%q: in the guest %q, want %q", test.options, got, want)
+		}
+	}
+}
+
+// The bind of a directory of the host's has its flags in the guest.
+func TestBindFlags(t *testing.T) {
+	options := []string{"rbind", "nosuid", "nodev", "noexec", "nosymfollow", "noatime", "rnosuid", "rro", "rslave"}
+	spec := base()
+	spec.Mounts = []specs.Mount{{Destination: "/data", Type: "bind", Source: t.TempDir(), Options: slices.Clone(options)}}
+	if got := rewrite(t, spec, first).Spec.Mounts[0].Options; !slices.Equal(got, options) {
+		t.Errorf("in the guest %q, want %q", got, options)
+	}
+}
