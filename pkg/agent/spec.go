@@ -43,7 +43,7 @@ func parseSpec(data []byte, id string) (spec *specs.Spec, sysctls map[string]str
 	// A virtual machine has no cache or bandwidth classes of its own.
 	linux.IntelRdt = nil
 	if !hasNamespace(spec, specs.UTSNamespace) {
-		// ConfigureSandbox has set these.
+		// ConfigureSandbox has set the one, and a sysctl sets the other.
 		spec.Hostname, spec.Domainname = "", ""
 	}
 	linux.Sysctl, sysctls = splitSysctls(spec)

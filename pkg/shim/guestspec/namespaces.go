@@ -1,9 +1,11 @@
 package guestspec
 
 import (
+	"maps"
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
@@ -78,10 +80,43 @@ func namespaces(r *Result, in Input) error {
 	}
 	spec.Linux.Namespaces = kept
 	if !hasNamespace(kept, specs.UTSNamespace) {
+		sysctls, err := withDomainname(spec)
+		if err != nil {
+			return err
+		}
+		spec.Linux.Sysctl = sysctls
 		spec.Hostname, spec.Domainname = "", ""
 	}
 	return nil
 }
+
+// withDomainname returns the sysctls of a specification and one for its domain
+// name, for a container in the guest's uts namespace. As with runc, whoever
+// shares a namespace sets the name for all in there, and a sysctl that is given
+// counts more.
+func withDomainname(spec *specs.Spec) (map[string]string, error) {
+	const key = "kernel.domainname"
+	sysctls := maps.Clone(spec.Linux.Sysctl)
+	_, given := sysctls[key]
+	if !given {
+		_, given = sysctls["kernel/domainname"]
+	}
+	if spec.Domainname == "" || given {
+		return sysctls, nil
+	}
+	// The kernel would cut it off (kernel/utsname_sysctl.c, proc_dostring).
+	if len(spec.Domainname) > maxDomainname || strings.ContainsAny(spec.Domainname, "\n\x00") {
+		return nil, invalid("domain name %q: it can have %d bytes, of one line", spec.Domainname, maxDomainname)
+	}
+	if sysctls == nil {
+		sysctls = make(map[string]string)
+	}
+	sysctls[key] = spec.Domainname
+	return sysctls, nil
+}
+
+// maxDomainname is __NEW_UTS_LEN of Linux.
+const maxDomainname = 64
 
 // checkNamespaces refuses to share what is the host's.
 func checkNamespaces(who string, list []specs.LinuxNamespace) error {

@@ -1,7 +1,6 @@
 package guestspec
 
 import (
-	"maps"
 	"path/filepath"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -54,7 +53,11 @@ func ReadSandbox(spec *specs.Spec) (*Sandbox, error) {
 	if err := hooks(r, Input{ID: "of the pod"}); err != nil {
 		return nil, err
 	}
-	s := &Sandbox{Sysctls: maps.Clone(spec.Linux.Sysctl), HostHooks: r.HostHooks}
+	sysctls, err := withDomainname(spec)
+	if err != nil {
+		return nil, err
+	}
+	s := &Sandbox{Sysctls: sysctls, HostHooks: r.HostHooks}
 	for _, m := range spec.Mounts {
 		if m.Destination == shmPath && isBind(&m) {
 			s.Shm = shmAt(m.Source)
