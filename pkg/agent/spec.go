@@ -129,17 +129,10 @@ func dropLabels(p *specs.Process) (remarks []string) {
 	return remarks
 }
 
-// fitResources takes out limits that name things of the host.
+// fitResources takes out limits of what the guest does not have.
 func fitResources(r *specs.LinuxResources, pageSizes []string) (remarks []string) {
 	// net_cls and net_prio are cgroup v1.
 	r.Network = nil
-	if b := r.BlockIO; b != nil {
-		if n := len(b.WeightDevice) + len(b.ThrottleReadBpsDevice) + len(b.ThrottleWriteBpsDevice) +
-			len(b.ThrottleReadIOPSDevice) + len(b.ThrottleWriteIOPSDevice); n > 0 {
-			remarks = append(remarks, fmt.Sprintf("%d limits of block devices ignored: the devices are the host's", n))
-		}
-		r.BlockIO = &specs.LinuxBlockIO{Weight: b.Weight, LeafWeight: b.LeafWeight}
-	}
 	have := make(map[string]bool)
 	for _, size := range pageSizes {
 		have[size] = true

@@ -85,7 +85,7 @@ func TestParseSpec(t *testing.T) {
 		}
 		l.Resources = &specs.LinuxResources{
 			Network: &specs.LinuxNetwork{},
-			BlockIO: &specs.LinuxBlockIO{Weight: &weight, ThrottleReadBpsDevice: []specs.LinuxThrottleDevice{{Rate: 1}}},
+			BlockIO: &specs.LinuxBlockIO{Weight: &weight},
 			// 3MB and 5MB are no page sizes anywhere.
 			HugepageLimits: []specs.LinuxHugepageLimit{{Pagesize: "3MB", Limit: 0}, {Pagesize: "5MB", Limit: 1}},
 		}
@@ -105,7 +105,7 @@ func TestParseSpec(t *testing.T) {
 		t.Errorf("linux %+v", l)
 	}
 	r := l.Resources
-	if r.Network != nil || *r.BlockIO.Weight != 100 || r.BlockIO.ThrottleReadBpsDevice != nil || len(r.HugepageLimits) != 0 {
+	if r.Network != nil || *r.BlockIO.Weight != 100 || len(r.HugepageLimits) != 0 {
 		t.Errorf("resources %+v", r)
 	}
 	if want := map[string]string{"kernel.shmmax": "2", "fs/mqueue/msg_max": "3"}; !maps.Equal(l.Sysctl, want) {
@@ -114,8 +114,8 @@ func TestParseSpec(t *testing.T) {
 	if want := map[string]string{"net.ipv4.ip_forward": "1", "kernel.hostname": "4", "vm.swappiness": "5"}; !maps.Equal(sysctls, want) {
 		t.Errorf("the guest's sysctls %v, want %v", sysctls, want)
 	}
-	// AppArmor, SELinux twice, a block device and a page size.
-	if len(remarks) != 5 {
+	// AppArmor, SELinux twice and a page size.
+	if len(remarks) != 4 {
 		t.Errorf("remarks %q", remarks)
 	}
 }

@@ -104,6 +104,10 @@ func Rewrite(spec *specs.Spec, in Input) (*Result, error) {
 	if linux.Resources != nil {
 		r.Remarks = append(r.Remarks, Resources(linux.Resources)...)
 	}
+	if linux.IntelRdt != nil {
+		r.Remarks = append(r.Remarks, "intelRdt left out: the classes of cache and memory bandwidth are the host's")
+		linux.IntelRdt = nil
+	}
 	if len(linux.NetDevices) > 0 {
 		return nil, unsupported("network devices of the host cannot be moved into a virtual machine (linux.netDevices)")
 	}
@@ -111,22 +115,6 @@ func Rewrite(spec *specs.Spec, in Input) (*Result, error) {
 		return nil, unsupported("a seccomp agent on the host cannot serve a virtual machine (linux.seccomp.listenerPath)")
 	}
 	return r, nil
-}
-
-// Resources takes out limits that name parts of the host. It is for the limits
-// of an update as well.
-func Resources(res *specs.LinuxResources) (remarks []string) {
-	if cpu := res.CPU; cpu != nil {
-		if cpu.Cpus != "" || cpu.Mems != "" {
-			remarks = append(remarks, fmt.Sprintf("cpuset (CPUs %q, memory nodes %q) left out: the numbers are the host's", cpu.Cpus, cpu.Mems))
-			cpu.Cpus, cpu.Mems = "", ""
-		}
-		if cpu.RealtimePeriod != nil || cpu.RealtimeRuntime != nil {
-			remarks = append(remarks, "real-time limits left out: they are of cgroup version 1")
-			cpu.RealtimePeriod, cpu.RealtimeRuntime = nil, nil
-		}
-	}
-	return remarks
 }
 
 // hooks divides them into those of the host's and those of the container.

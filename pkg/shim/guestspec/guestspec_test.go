@@ -480,19 +480,6 @@ func TestDisks(t *testing.T) {
 	}
 }
 
-func TestResources(t *testing.T) {
-	period, runtime, limit := uint64(1), int64(2), int64(64<<20)
-	res := &specs.LinuxResources{
-		CPU:    &specs.LinuxCPU{Cpus: "2-3", Mems: "0", RealtimePeriod: &period, RealtimeRuntime: &runtime, Quota: &limit},
-		Memory: &specs.LinuxMemory{Limit: &limit},
-	}
-	remarks := Resources(res)
-	want := &specs.LinuxResources{CPU: &specs.LinuxCPU{Quota: &limit}, Memory: &specs.LinuxMemory{Limit: &limit}}
-	if !reflect.DeepEqual(res, want) || len(remarks) != 2 {
-		t.Errorf("%+v, %q", res, remarks)
-	}
-}
-
 func TestHooks(t *testing.T) {
 	hook := []specs.Hook{{Path: "/bin/hook"}}
 	spec := base()
