@@ -88,7 +88,7 @@ host_promises() {
 		= What is read-only is so on the host's side
 		pkg/vmm/virtio/fs/passthrough TestReadOnlyShare
 		pkg/shim/share TestTree
-		pkg/shim/guestspec TestReadOnlyEmptyDir
+		pkg/shim/guestspec TestReadOnlyEmptyDir TestMountFlags
 		pkg/shim TestOpenBlockDevice
 		= A guest gets the block device that its container names, and no other
 		pkg/shim TestOpenDisk TestOpenBlockDevice TestBlockVolume

@@ -3,13 +3,17 @@
 package task
 
 import (
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/microvm-runtime/microvm/test/e2e/internal/node"
 )
@@ -114,6 +118,40 @@ func TestBindMounts(t *testing.T) {
 	}
 }
 
+// The flags of a mount count in the container: those of a directory, and of a file system that the host has to mount.
+func TestMountFlags(t *testing.T) {
+	n := node.For(t)
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "program"), "#!/bin/sh\n")
+	for _, err := range []error{
+		os.Chmod(filepath.Join(dir, "program"), 0o755),
+		os.Symlink("program", filepath.Join(dir, "link")),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	disk := filepath.Join(t.TempDir(), "disk")
+	node.Tool(t, "mkfs.ext4", "-q", "-d", dir, disk, "8M")
+	r := n.Run(t, []string{
+		"--mount", "type=bind,src=" + dir + ",dst=/dir,options=rbind:ro:nosuid:nodev:noexec:nosymfollow:rprivate",
+		"--mount", "type=ext4,src=" + node.LoopDevice(t, disk) + ",dst=/disk,options=ro:noload:nosuid:nodev:noexec:nosymfollow:rprivate",
+	}, "sh", "-c", `
+		for m in /dir /disk; do
+			grep " $m " /proc/mounts | cut -d' ' -f4 | tr , '\n' | grep -E '^(ro|rw|nosuid|nodev|noexec|nosymfollow)$' | sort | xargs
+			$m/program || [ $? = 126 ] && cat $m/program || exit
+			cat $m/link && exit 1
+		done; true`)
+	if want := strings.Repeat("nodev noexec nosuid nosymfollow ro\n#!/bin/sh\n", 2); r.Code != 0 || r.Stdout != want {
+		t.Errorf("want output %q: %s", want, r)
+	}
+	for _, want := range []string{"Permission denied", "Too many levels of symbolic links"} {
+		if strings.Count(r.Stderr, want) != 2 {
+			t.Errorf("want %q of both: %s", want, r)
+		}
+	}
+}
+
 func TestTmpfsMount(t *testing.T) {
 	n := node.For(t)
 	r := n.Run(t, []string{"--mount", "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1m:mode=1777"}, "sh", "-c",
@@ -168,6 +206,24 @@ func TestOwnRootfs(t *testing.T) {
 		t.Errorf("file written in the container: %q, %v", got, err)
 	}
 	run([]string{"--read-only"}, "echo x >/other").WantError(t, "Read-only file system")
+
+	// ctr has no flag for a domain name, but takes a whole specification.
+	var spec specs.Spec
+	if err := json.Unmarshal([]byte(n.MustCtr(t, "oci", "spec").Stdout), &spec); err != nil {
+		t.Fatal(err)
+	}
+	spec.Root.Path, spec.Linux.CgroupsPath, spec.Domainname = root, "", "example.org"
+	spec.Process.Args = []string{"/bin/sh", "-c", "read name </proc/sys/kernel/domainname && echo $name"}
+	data, err := json.Marshal(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(t.TempDir(), "config.json")
+	write(t, config, string(data))
+	id := n.ID(t)
+	n.RemoveIfFailed(t, id)
+	args := n.RunArgs("", id, []string{"--rm", "--config", config})
+	n.Ctr(t, slices.DeleteFunc(args, func(arg string) bool { return arg == "" })...).WantOutput(t, "example.org\n")
 }
 
 func TestSnapshotters(t *testing.T) {
