@@ -88,7 +88,7 @@ WITHOUT_CGO := ^TestConformanceInJail$$
 
 .PHONY: privileged
 privileged: ## tests that mount and make cgroups and network namespaces on this host, under the race detector: they need root
-	. hack/tools/lib.sh && packages erofs-utils
+	. hack/tools/lib.sh && packages e2fsprogs erofs-utils
 	CGO_ENABLED=1 go test -race -count=1 -tags privileged -skip '$(WITHOUT_CGO)' ./pkg/shim/... ./pkg/agent ./pkg/vmm/virtio/fs/passthrough ./pkg/vmm/virtio/blk
 	CGO_ENABLED=0 go test -count=1 -tags privileged -run '$(WITHOUT_CGO)' ./pkg/vmm/virtio/fs/passthrough
 

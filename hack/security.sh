@@ -79,7 +79,9 @@ host_promises() {
 		pkg/shim/stdio TestOutputWithoutReader TestOutputWithoutEnd
 		= The file server reaches nothing outside of the shared directory
 		pkg/vmm/virtio/fs/passthrough TestLinksLeadNowhere TestMagicLinks TestSwappedUnderfoot TestBadNames TestSeedsReachEverything FuzzRequests
-		= What a guest makes it hold is bounded
+		= Nothing that a guest may write to is on the way to what the shim mounts
+		pkg/shim/share TestLayersAreOutOfReach TestRootfsOfLayers
+		= What a guest makes the file server hold is bounded
 		pkg/vmm/virtio/fs/passthrough TestNodeLimit TestHandleLimit TestLockLimit
 		= With rate limits, a guest's devices together get no more through than the limit, whatever they are sent
 		pkg/vmm/ratelimit TestTake TestShared TestClose FuzzLimiter
@@ -201,6 +203,7 @@ for part; do
 	begin=$SECONDS
 	case $part in
 	host)
+		packages e2fsprogs erofs-utils
 		plan host_promises
 		for package in "${packages[@]}"; do
 			say "$package"

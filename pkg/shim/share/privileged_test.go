@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -47,7 +48,8 @@ func TestMain(m *testing.M) {
 	}
 }
 
-func hostNamespace() *os.File { return os.NewFile(3, "host") }
+// hostNamespace is one file: the end of another one would close the descriptor.
+var hostNamespace = sync.OnceValue(func() *os.File { return os.NewFile(3, "host") })
 
 // files makes a directory with these files, each with its name in it.
 func files(t *testing.T, names ...string) string {
@@ -472,102 +474,5 @@ func TestHostSeesNothing(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
-	}
-}
-
-// A root file system that the snapshotter describes by its layers, as that of
-// erofs does.
-func TestRootfsOfLayers(t *testing.T) {
-	tree := newTree(t)
-	upper := mount.Mount{Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=755"}}
-	layer := func(dir string) mount.Mount {
-		return mount.Mount{Type: "bind", Source: dir, Options: []string{"ro", "rbind"}}
-	}
-	overlay := mount.Mount{Type: "format/mkdir/overlay", Source: "overlay", Options: []string{
-		"X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
-		"upperdir={{ mount 0 }}/upper", "workdir={{ mount 0 }}/work", "lowerdir={{ overlay 1 2 }}",
-	}}
-	top, bottom := files(t, "top", "both/top"), files(t, "bottom", "both/bottom")
-	if err := tree.Add("c1", Rootfs{Mounts: []mount.Mount{upper, layer(top), layer(bottom), overlay}}, nil); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"top", "bottom", "both/top", "both/bottom"} {
-		read(t, tree, "c1/rootfs/"+name, name)
-	}
-	if err := os.WriteFile(filepath.Join(tree.path, "c1/rootfs/new"), []byte("new"), 0o644); err != nil {
-		t.Error(err)
-	}
-	read(t, tree, "c1/layers/0/upper/new", "new")
-	if err := tree.Remove("c1"); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(filepath.Join(tree.path, "c1")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("something is left: %v", err)
-	}
-
-	// A layer that leads out of itself; the second time it is there.
-	evil := t.TempDir()
-	outside := t.TempDir()
-	if err := os.Symlink(outside, filepath.Join(evil, "link")); err != nil {
-		t.Fatal(err)
-	}
-	for _, path := range []string{"{{ mount 0 }}/link/x", "{{ mount 0 }}/../x", outside + "/x", "{{ mount 0 }}"} {
-		mounts := []mount.Mount{{Type: "bind", Source: evil, Options: []string{"rbind"}}, {
-			Type: "format/mkdir/bind", Source: "{{ mount 0 }}", Options: []string{"rbind", "X-containerd.mkdir.path=" + path},
-		}}
-		if err := tree.Add("c1", Rootfs{Mounts: mounts}, nil); err == nil {
-			t.Errorf("%s was made", path)
-			tree.Remove("c1")
-		}
-	}
-	if left, err := os.ReadDir(outside); err != nil || len(left) > 0 {
-		t.Errorf("outside: %v, %v", left, err)
-	}
-	if _, err := os.Stat(filepath.Join(tree.path, "c1")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("something is left: %v", err)
-	}
-}
-
-// Layers of erofs and a writable layer in directories, as the snapshotter has it
-// by default.
-func TestRootfsOfErofs(t *testing.T) {
-	tree := newTree(t)
-	layer := func(names ...string) mount.Mount {
-		image := filepath.Join(t.TempDir(), "layer.erofs")
-		if out, err := exec.Command("mkfs.erofs", "--quiet", image, files(t, names...)).CombinedOutput(); err != nil {
-			t.Fatalf("mkfs.erofs: %v: %s", err, out)
-		}
-		return mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
-	}
-	// An overlay cannot be the upper layer of another: not on every root there is.
-	snapshot := filepath.Join(tree.path, "..", "snapshot")
-	if err := os.Mkdir(snapshot, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", snapshot, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Unmount(snapshot, unix.MNT_DETACH)
-	for _, dir := range []string{"fs", "work"} {
-		if err := os.Mkdir(filepath.Join(snapshot, dir), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	mounts := []mount.Mount{layer("top"), layer("bottom"), {Type: "format/mkdir/overlay", Source: "overlay", Options: []string{
-		"workdir=" + snapshot + "/work", "upperdir=" + snapshot + "/fs", "lowerdir={{ overlay 0 1 }}",
-	}}}
-	if err := tree.Add("c1", Rootfs{Mounts: mounts}, nil); err != nil {
-		t.Fatal(err)
-	}
-	read(t, tree, "c1/rootfs/top", "top")
-	read(t, tree, "c1/rootfs/bottom", "bottom")
-	if err := os.Remove(filepath.Join(tree.path, "c1/rootfs/bottom")); err != nil {
-		t.Error(err)
-	}
-	if err := tree.Remove("c1"); err != nil {
-		t.Fatal(err)
-	}
-	if loops, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(loops), "layer.erofs") {
-		t.Errorf("mounts are left: %s, %v", loops, err)
 	}
 }

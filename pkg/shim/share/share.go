@@ -4,14 +4,15 @@
 // the host however the shim ends.
 //
 //	<container id>/rootfs
-//	<container id>/layers/<n>
 //	<container id>/mounts/<n>
 //	.volumes/<k>
 //
 // What is bound is a volume, to which the containers' mounts lead as symbolic
 // links: those that bind the same have the same one.
 //
-// The directories of the tree itself are read-only for the guest.
+// The directories of the tree itself are read-only for the guest. All that it may
+// write to appears at once and finished: no mount is made by way of a path in there,
+// where a guest can put a link.
 //
 // The VMM has a copy of the tree for its root directory, in a mount namespace of
 // its own that follows this one: what is mounted here appears there, and goes from
@@ -38,10 +39,6 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/shim/guestspec"
 	"github.com/microvm-runtime/microvm/pkg/vmm/jail"
 )
-
-// layersName is where the parts are that a root file system is made of on the
-// host.
-const layersName = "layers"
 
 // Tree is a mounted tree. Its methods may be called concurrently.
 type Tree struct {
@@ -109,7 +106,7 @@ func New(path string, host *os.File) (_ *Tree, err error) {
 		return nil, fmt.Errorf("make %s private: %w", base, err)
 	}
 	path = filepath.Join(base, "tree")
-	for _, dir := range []string{path, filepath.Join(base, stage)} {
+	for _, dir := range []string{path, filepath.Join(base, stage), filepath.Join(base, layers)} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("shared directory: %w", err)
 		}
@@ -141,8 +138,13 @@ func New(path string, host *os.File) (_ *Tree, err error) {
 	}, nil
 }
 
-// stage is where file systems are mounted before they appear in the tree.
-const stage = "stage"
+const (
+	// stage is where file systems are mounted before they appear in the tree.
+	stage = "stage"
+	// layers is where the parts are that a root file system is made of on the host,
+	// which no guest gets to see.
+	layers = "layers"
+)
 
 // Open makes a copy of the tree that is mounted nowhere yet. Once it is, what Add
 // mounts appears in there.
@@ -202,7 +204,7 @@ func (t *Tree) addRootfs(c *content, id string, rootfs Rootfs) error {
 	case rootfs.InGuest:
 		return nil
 	case slices.ContainsFunc(rootfs.Mounts, IsTemplate):
-		return t.addLayers(c, id, target, rootfs.Mounts)
+		return t.addLayers(c, target, rootfs.Mounts)
 	case len(rootfs.Mounts) > 0:
 		return t.mountAll(c, target, rootfs.Mounts)
 	}
@@ -221,59 +223,6 @@ func (t *Tree) addRootfs(c *content, id string, rootfs Rootfs) error {
 	}
 	c.mounts = append(c.mounts, target)
 	return nil
-}
-
-// addLayers mounts a root file system whose last mount is made of those before
-// it, which therefore have places of their own.
-func (t *Tree) addLayers(c *content, id, target string, mounts []mount.Mount) error {
-	if err := t.makePointOf(c, point{name: filepath.Join(id, layersName)}); err != nil {
-		return err
-	}
-	var points []string
-	for i, m := range mounts {
-		m, directories, err := Resolve(m, points)
-		if err != nil {
-			return err
-		}
-		for _, d := range directories {
-			if err := makeIn(points, d); err != nil {
-				return err
-			}
-		}
-		at := target
-		if i < len(mounts)-1 {
-			at = filepath.Join(id, layersName, strconv.Itoa(i))
-			if err := t.makePointOf(c, point{name: at}); err != nil {
-				return err
-			}
-		}
-		if err := t.mountAll(c, at, []mount.Mount{m}); err != nil {
-			return fmt.Errorf("mount %s of the type %s: %w", m.Source, m.Type, err)
-		}
-		points = append(points, filepath.Join(t.path, at))
-	}
-	return nil
-}
-
-// makeIn makes a directory in a file system that is mounted at one of the points.
-// Links in there lead nowhere else.
-func makeIn(points []string, d Directory) error {
-	for _, point := range points {
-		rel, err := filepath.Rel(point, d.Path)
-		if err != nil || rel == "." || !filepath.IsLocal(rel) {
-			continue
-		}
-		root, err := os.OpenRoot(point)
-		if err != nil {
-			return err
-		}
-		defer root.Close()
-		if err := root.Mkdir(rel, fs.FileMode(d.Mode)); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		return nil
-	}
-	return fmt.Errorf("directory %s is not in a layer", d.Path)
 }
 
 // mountAll makes file systems appear at target: from the stage, because in the
