@@ -158,8 +158,7 @@ func (d *Device) Activate(a virtio.Activation) error {
 		}
 		arrive := func(c *virtio.Chain) { c.Ticket = d.server.Arrive(c.Readable) }
 		handle := func(c *virtio.Chain) (written uint32, done bool) {
-			defer d.server.Handled(c.Ticket)
-			return d.server.Handle(c.Readable, c.Writable, func(written uint32) {
+			return d.server.Handle(c.Ticket, c.Readable, c.Writable, func(written uint32) {
 				q.Complete(c, written)
 				q.Flush()
 			})

@@ -76,19 +76,20 @@ var operations = [fuse.MaxOpcode]operation{
 	fuse.Ioctl:         {serve: (*Server).ioctl, args: fuse.IoctlInSize},
 }
 
-// Handle serves one request. readable are the buffers that hold it, writable
-// those for its reply. Both are guest memory: they may change at any time, and
-// are used until the request is complete.
+// Handle serves one request. ticket is what Arrive returned for it, or 0. readable
+// are the buffers that hold it, writable those for its reply. Both are guest memory:
+// they may change at any time, and are used until the request is complete.
 //
 // It returns the number of bytes written, which is 0 for requests without a
 // reply and for those too short to be answered. done == false says that the
 // request waits for a lock: later is then called when it is complete, from
 // another goroutine. Handle may be called concurrently, and blocks as long as
 // the host's file system does.
-func (s *Server) Handle(readable, writable [][]byte, later func(written uint32)) (written uint32, done bool) {
+func (s *Server) Handle(ticket uint64, readable, writable [][]byte, later func(written uint32)) (written uint32, done bool) {
+	defer s.releases.end(ticket)
 	r := requests.Get().(*request)
 	r.readable, r.writable, r.later = readable, writable, later
-	errno := s.serve(r)
+	errno := s.serve(r, ticket)
 	if errno == pending {
 		return 0, false
 	}
@@ -107,7 +108,7 @@ func (s *Server) complete(r *request, errno unix.Errno) {
 }
 
 // serve checks the shape of a request and calls its handler.
-func (s *Server) serve(r *request) unix.Errno {
+func (s *Server) serve(r *request, ticket uint64) unix.Errno {
 	var header [fuse.InHeaderSize]byte
 	if buffers.CopyFrom(r.readable, header[:], 0) < len(header) {
 		s.complain(complainShape, "the guest sent a request without a header")
@@ -115,6 +116,11 @@ func (s *Server) serve(r *request) unix.Errno {
 		return 0
 	}
 	r.InHeader = fuse.DecodeInHeader(header[:])
+	if r.Opcode != fuse.Release {
+		// What has become of a RELEASE may be what awaits RELEASEs: it would wait for
+		// itself.
+		s.releases.end(ticket)
+	}
 	var op operation
 	if r.Opcode < fuse.MaxOpcode {
 		op = operations[r.Opcode]

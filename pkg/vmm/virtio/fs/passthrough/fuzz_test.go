@@ -77,7 +77,7 @@ func (f *fuzzer) request() {
 		}()
 	}
 	later := make(chan uint32, 1)
-	written, done := f.server.Handle(readable, writable, func(n uint32) { later <- n })
+	written, done := f.server.Handle(0, readable, writable, func(n uint32) { later <- n })
 	if !done {
 		f.server.Cancel()
 		written = <-later

@@ -78,7 +78,7 @@ func serveDevice(failed func(format string, args ...any), server *Server, fd int
 				failed("reply to %v: %v (%x)", op, err, answer[:min(n, 64)])
 			}
 		}
-		written, done := server.Handle([][]byte{in[:n]}, [][]byte{answer}, reply)
+		written, done := server.Handle(0, [][]byte{in[:n]}, [][]byte{answer}, reply)
 		if !done { // the buffers are still needed
 			in, out = make([]byte, maxWrite+4096), make([]byte, maxWrite+4096)
 			continue

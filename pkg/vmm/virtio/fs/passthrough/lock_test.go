@@ -1,13 +1,16 @@
 package passthrough
 
 import (
+	"encoding/binary"
 	"os"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse/fusetest"
 )
 
 const endOfFile = 1<<63 - 1
@@ -187,6 +190,30 @@ func TestLockLimit(t *testing.T) {
 	}
 	must(t, s.Flush(e.NodeID, fh, 0))
 	want(t, "after one has closed", s.Setlk(e.NodeID, fh, 5000, readLock(0, 10), 0), 0)
+}
+
+// A RELEASE that the guest makes a request for a lock, after it has arrived, does not
+// wait for itself.
+func TestReleaseBecomesLock(t *testing.T) {
+	s := newShare(t)
+	e, fh := s.mustCreate(t, root, "file", "contents")
+	must(t, s.Setlk(e.NodeID, fh, 1, writeLock(0, 10), 0))
+	for _, op := range []fuse.Opcode{fuse.Setlk, fuse.Getlk} {
+		args := fusetest.Pack(fh, uint64(2), uint64(0), uint64(10), uint32(unix.F_WRLCK), uint32(0), uint32(0), uint32(0))
+		request := append(s.Header(fuse.Release, e.NodeID, s.Unique(), fuse.InHeaderSize+len(args)), args...)
+		ticket := s.server.Arrive([][]byte{request})
+		binary.LittleEndian.PutUint32(request[4:], uint32(op))
+		answered := make(chan bool)
+		go func() {
+			s.server.Handle(ticket, [][]byte{request}, [][]byte{make([]byte, 64)}, nil)
+			close(answered)
+		}()
+		select {
+		case <-answered:
+		case <-time.After(10 * time.Second):
+			t.Errorf("%v is not answered", op)
+		}
+	}
 }
 
 // TestConcurrentLocks is for the race detector: owners come and go.

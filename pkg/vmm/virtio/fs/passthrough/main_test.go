@@ -109,7 +109,7 @@ func newShareOf(t testing.TB, dir string, change ...func(*Config)) *share {
 func handle1(s *Server) fusetest.Do {
 	return func(readable, writable [][]byte) uint32 {
 		later := make(chan uint32, 1)
-		written, done := s.Handle(readable, writable, func(n uint32) { later <- n })
+		written, done := s.Handle(0, readable, writable, func(n uint32) { later <- n })
 		if !done {
 			written = <-later
 		}

@@ -27,11 +27,17 @@ func (o *order) begin() (ticket uint64) {
 	return o.last
 }
 
+// end may be called again, and with 0, which is no ticket.
 func (o *order) end(ticket uint64) {
+	if ticket == 0 {
+		return
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	close(o.underWay[ticket])
-	delete(o.underWay, ticket)
+	if ended := o.underWay[ticket]; ended != nil {
+		close(ended)
+		delete(o.underWay, ticket)
+	}
 }
 
 // await returns when all that are under way now have ended.
@@ -48,20 +54,13 @@ func (o *order) await() {
 }
 
 // Arrive is told of a request before it is handled, in the order in which the
-// guest has sent it. Its ticket is for Handled.
+// guest has sent it. Its ticket, 0 for most, is for Handle.
 func (s *Server) Arrive(readable [][]byte) (ticket uint64) {
-	// The length comes before. What the guest makes of it later changes nothing
-	// here: a ticket is used once, whatever the request turns out to be.
+	// The length comes before. The guest may make another request of it yet: see
+	// serve.
 	var opcode [4]byte
 	if buffers.CopyFrom(readable, opcode[:], 4) < len(opcode) || fuse.Opcode(binary.LittleEndian.Uint32(opcode[:])) != fuse.Release {
 		return 0
 	}
 	return s.releases.begin()
-}
-
-// Handled says that Handle has returned.
-func (s *Server) Handled(ticket uint64) {
-	if ticket != 0 {
-		s.releases.end(ticket)
-	}
 }

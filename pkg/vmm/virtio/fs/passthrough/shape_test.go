@@ -93,7 +93,7 @@ func served(f func(op fuse.Opcode, o operation)) {
 func (s *share) raw(t *testing.T, what string, o operation, readable []byte, room int, wanted ...unix.Errno) {
 	t.Helper()
 	out := make([]byte, max(room, 0))
-	n, done := s.server.Handle([][]byte{readable}, [][]byte{out}, func(uint32) {})
+	n, done := s.server.Handle(0, [][]byte{readable}, [][]byte{out}, func(uint32) {})
 	if !done {
 		t.Errorf("%s: waits", what)
 		return
@@ -133,7 +133,7 @@ func TestBadRequests(t *testing.T) {
 		}
 		// Lengths.
 		for n := range fuse.InHeaderSize {
-			if got, done := s.server.Handle([][]byte{whole[:n]}, [][]byte{make([]byte, 1024)}, nil); got != 0 || !done {
+			if got, done := s.server.Handle(0, [][]byte{whole[:n]}, [][]byte{make([]byte, 1024)}, nil); got != 0 || !done {
 				t.Errorf("%s: %d bytes of a header: %d bytes of reply", name, n, got)
 			}
 		}
