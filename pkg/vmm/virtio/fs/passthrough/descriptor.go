@@ -118,12 +118,14 @@ func (t *inodeTable) reopenOnce(n *inode) unix.Errno {
 func (t *inodeTable) install(n *inode, fd int) unix.Errno {
 	var st unix.Statx_t
 	errno := statFD(fd, &st)
+	overlay := errno == 0 && startsOverlay(fd, &st)
 	t.mu.Lock()
 	defer t.unlock()
 	if errno == 0 && (keyOf(&st) != n.key || uint32(st.Mode)&unix.S_IFMT != n.kind || !sameBirth(birthOf(&st), n.birth)) {
 		errno = unix.ESTALE
 	}
 	if errno == 0 {
+		n.born(birthOf(&st), overlay)
 		t.give(n, fd) // n may have one by now, from another request
 	} else {
 		t.garbage = append(t.garbage, fd)

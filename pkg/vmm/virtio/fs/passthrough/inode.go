@@ -21,7 +21,10 @@ func keyOf(st *unix.Statx_t) inodeKey {
 // While it has a descriptor, the host cannot give its inode number to another
 // file. Descriptors are few, so one that has not been used for a while is
 // closed, and made again from the node's parent and name when it is needed; the
-// node must then be the same by key, type and time of birth.
+// node must then be the same by key, type and time of birth. On overlayfs the time
+// of birth does not count: what is copied up, itself or on the way to what is below
+// it, gets that of the copy. Would it be another node, the guest's kernel would unmount
+// all that is mounted below.
 //
 // A descriptor also keeps the host from unmounting what it is on. Mounts in the
 // share itself are made for the guest, and who makes them knows. Below these
@@ -36,7 +39,8 @@ type inode struct {
 
 	// What follows is protected by inodeTable.mu.
 
-	birth    int64  // time of birth in nanoseconds, 0 where the host has none
+	birth    int64  // time of birth in nanoseconds, 0 where it does not count or the host has none
+	overlay  bool   // on overlayfs
 	lookups  uint64 // what the guest must FORGET
 	children int    // nodes whose parent this is
 	removed  bool   // no longer in the table: it has neither lookups nor children
@@ -73,7 +77,7 @@ func newInodeTable(rootFD int, maxInodes, maxOpen int) (*inodeTable, unix.Errno)
 	if errno := statFD(rootFD, &st); errno != 0 {
 		return nil, errno
 	}
-	root := &inode{id: fuse.RootID, key: keyOf(&st), kind: unix.S_IFDIR, birth: birthOf(&st), fd: rootFD, pins: 1}
+	root := &inode{id: fuse.RootID, key: keyOf(&st), kind: unix.S_IFDIR, overlay: onOverlay(rootFD), fd: rootFD, pins: 1}
 	t := &inodeTable{maxInodes: maxInodes, maxOpen: maxOpen, root: root}
 	t.init()
 	return t, 0
@@ -93,6 +97,17 @@ func birthOf(st *unix.Statx_t) int64 {
 		return 0
 	}
 	return st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
+}
+
+func onOverlay(fd int) bool {
+	var st unix.Statfs_t
+	return retry(func() error { return unix.Fstatfs(fd, &st) }) == 0 && st.Type == unix.OVERLAYFS_SUPER_MAGIC
+}
+
+// startsOverlay says whether an overlayfs is mounted on what fd is open on. All else
+// is on the same file system as its directory.
+func startsOverlay(fd int, st *unix.Statx_t) bool {
+	return st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 && onOverlay(fd)
 }
 
 // sameBirth says whether two times of birth can be the same file's.
@@ -153,6 +168,7 @@ func (t *inodeTable) room() unix.Errno {
 // given.
 func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*inode, unix.Errno) {
 	key, kind, birth := keyOf(st), uint32(st.Mode)&unix.S_IFMT, birthOf(st)
+	overlay := fd >= 0 && startsOverlay(fd, st)
 	t.mu.Lock()
 	defer t.unlock()
 	n := t.byKey[key]
@@ -171,11 +187,12 @@ func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*in
 		t.lastID++
 		n = &inode{id: t.lastID, key: key, kind: kind, fd: -1}
 		n.foreign = kind != unix.S_IFDIR && dir != nil && dir.key.dev != key.dev
+		n.overlay = dir != nil && dir.overlay && dir.key.mnt == key.mnt
 		t.byID[n.id] = n
 		t.byKey[key] = n
 	}
 	n.lookups++
-	n.birth = birth
+	n.born(birth, overlay)
 	t.place(n, dir, name)
 	t.give(n, fd)
 	return n, 0
@@ -193,6 +210,15 @@ func (t *inodeTable) again(st *unix.Statx_t, dir *inode, name string) *inode {
 	n.lookups++
 	t.place(n, dir, name)
 	return n
+}
+
+// born records when n was born, if that counts, which it does not where an overlayfs
+// starts or n is on one anyhow. mu is held.
+func (n *inode) born(birth int64, startsOverlay bool) {
+	n.overlay = n.overlay || startsOverlay
+	if n.birth = birth; n.overlay {
+		n.birth = 0
+	}
 }
 
 // give gives n the descriptor fd, unless it has one or fd is -1, and pins it.

@@ -193,6 +193,7 @@ func TestConformance(t *testing.T) {
 		{"uncached", tmpfs, ".", big, func(c *Config) { c.AttrTimeout, c.EntryTimeout = 0, 0 }},
 		// So few that descriptors are closed and made again all the time.
 		{"few descriptors", tmpfs, ".", big, func(c *Config) { c.Limits.Descriptors, c.Limits.Nodes = 4096, 16 }},
+		{"overlay, few descriptors", overlay, ".", big + "|rename/whiteout", func(c *Config) { c.Limits.Descriptors, c.Limits.Nodes = 4096, 16 }},
 		{"mount below a mount", twoMounts, below, big, func(*Config) {}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -323,6 +323,57 @@ func TestDescriptorsComeBack(t *testing.T) {
 	}
 }
 
+// TestCopyUp changes what an overlay has in its lower directory: what is copied up
+// stays the node that it is, though its descriptor was closed before or after.
+func TestCopyUp(t *testing.T) {
+	for _, list := range []bool{false, true} {
+		t.Run(fmt.Sprintf("listed first %v", list), func(t *testing.T) {
+			dir := tempDir(t)
+			for _, d := range []string{"lower/run", "lower/var/lib/data", "upper", "work", "share/rootfs"} {
+				must(t, os.MkdirAll(filepath.Join(dir, d), 0o755))
+			}
+			writeFile(t, dir+"/lower/var/lib/file", "1")
+			must(t, unix.Mount("overlay", dir+"/share/rootfs", "overlay", 0, fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", dir)))
+			t.Cleanup(func() { must(t, unix.Unmount(dir+"/share/rootfs", unix.MNT_DETACH)) })
+			s := newShareOf(t, dir+"/share", few)
+			if list {
+				_, errno := s.List(root, true)
+				must(t, errno)
+			}
+			rootfs := s.mustLookup(t, root, "rootfs").NodeID
+			known := map[string]uint64{}
+			for _, path := range []string{"run", "var", "var/lib", "var/lib/data", "var/lib/file"} {
+				known[path] = s.mustLookup(t, rootfs, strings.Split(path, "/")...).NodeID
+			}
+			// One directory is in use all the time; those above it are closed.
+			flood := func(names string) {
+				for i := range 20 {
+					e, fh := s.mustCreate(t, rootfs, fmt.Sprint(names, i), "")
+					must(t, s.Release(e.NodeID, fh))
+					_, errno := s.Getattr(known["var/lib/data"])
+					must(t, errno)
+				}
+			}
+			_, errno := s.Mkdir(known["run"], "new", 0o755, 0)
+			must(t, errno)
+			flood("before")
+			_, errno = s.Mkdir(known["var/lib/data"], "new", 0o755, 0)
+			must(t, errno)
+			_, errno = s.Setattr(known["var/lib/file"], fuse.SetattrIn{Valid: fuse.FattrMode, Mode: 0o600})
+			must(t, errno)
+			flood("after")
+			for path, node := range known {
+				if now := s.mustLookup(t, rootfs, strings.Split(path, "/")...).NodeID; now != node {
+					t.Errorf("%s was node %d, and is %d", path, node, now)
+				}
+				if _, errno := s.Getattr(node); errno != 0 {
+					t.Errorf("%s, for who has it as a working directory: GETATTR: %v", path, errno)
+				}
+			}
+		})
+	}
+}
+
 func TestHostMovesThings(t *testing.T) {
 	s := newShare(t, few)
 	must(t, os.MkdirAll(s.path("a", "b"), 0o755))
