@@ -97,6 +97,33 @@ func TestLockModes(t *testing.T) {
 	want(t, "all is free", s.Setlk(e.NodeID, rw, 3, writeLock(0, endOfFile), 0), 0)
 }
 
+// One owner with a lock by a reading handle and one by a writing handle has all it
+// locked, and nothing that it did not get.
+func TestLocksOfTwoHandles(t *testing.T) {
+	s := newShare(t)
+	e, rw := s.mustCreate(t, root, "file", "contents")
+	ro, errno := s.Open(e.NodeID, unix.O_RDONLY)
+	must(t, errno)
+	for _, start := range []uint64{100, 110, 120} {
+		want(t, "by the reading handle", s.Setlk(e.NodeID, ro, 1, readLock(start, start+9), 0), 0)
+	}
+	want(t, "unlock", s.Setlk(e.NodeID, ro, 1, unlock(105, 114), 0), 0)
+	want(t, "by the writing handle", s.Setlk(e.NodeID, rw, 1, writeLock(200, 200), 0), 0)
+	want(t, "by the reading handle again", s.Setlk(e.NodeID, ro, 1, readLock(300, endOfFile), 0), 0)
+	for at, locked := range map[uint64]bool{99: false, 100: true, 104: true, 105: false, 114: false, 115: true, 129: true, 130: false, 200: true, 300: true} {
+		got, errno := s.Getlk(e.NodeID, rw, 2, writeLock(at, at))
+		if must(t, errno); locked != (got.Type != unix.F_UNLCK) {
+			t.Errorf("byte %d, for another: %+v", at, got)
+		}
+		if got, errno = s.Getlk(e.NodeID, rw, 1, writeLock(at, at)); errno != 0 || got.Type != unix.F_UNLCK {
+			t.Errorf("byte %d, for the owner: %+v, %v", at, got, errno)
+		}
+	}
+	want(t, "another reads", s.Setlk(e.NodeID, rw, 2, readLock(0, 9), 0), 0)
+	want(t, "what another reads", s.Setlk(e.NodeID, rw, 1, writeLock(0, 9), 0), unix.EAGAIN)
+	want(t, "the other's upgrade", s.Setlk(e.NodeID, rw, 2, writeLock(0, 9), 0), 0)
+}
+
 func TestOFDLocksEndWithTheHandle(t *testing.T) {
 	s := newShare(t)
 	e, a := s.mustCreate(t, root, "file", "contents")

@@ -15,28 +15,49 @@ type lockOwner struct {
 	handle uint64 // that set a lock last; protected by lockTable.mu
 	pid    uint32 // in the guest; protected by lockTable.mu
 
-	mu sync.Mutex // protects what follows, and the descriptors from being closed
-	// ro and rw are open on the node for reading and for both, or -1. A file
-	// that the guest has open only for reading is not opened for writing: on
-	// overlayfs that would copy it.
-	ro, rw  int
+	mu sync.Mutex // protects what follows, and the descriptor from being closed
+	// fd is open on the node, or -1. A file that the guest has open only for reading
+	// is not opened for writing: on overlayfs that would copy it.
+	fd       int
+	writable bool
+	// reads is what is locked while fd is not writable: for reading, as nothing else
+	// can be. When fd makes way for one that is, for which the host's locks of the
+	// old one would be a stranger's, they are set anew.
+	reads   spans
 	dropped bool
 }
 
 // ensure opens the node if it is not open so that a lock can be set through a
 // handle that is writable or not.
-func (o *lockOwner) ensure(writable bool, open func(flags int) (int, unix.Errno)) (errno unix.Errno) {
+func (o *lockOwner) ensure(writable bool, open func(flags int) (int, unix.Errno)) unix.Errno {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	switch {
 	case o.dropped:
 		return errDropped
-	case writable && o.rw < 0:
-		o.rw, errno = openOr(open, unix.O_RDWR, unix.O_WRONLY)
-	case !writable && o.ro < 0 && o.rw < 0:
-		o.ro, errno = openOr(open, unix.O_RDONLY)
+	case o.fd >= 0 && (o.writable || !writable):
+		return 0
 	}
-	return errno
+	choices := []int{unix.O_RDONLY}
+	if writable {
+		choices = []int{unix.O_RDWR, unix.O_WRONLY}
+	}
+	fd, errno := openOr(open, choices...)
+	if errno != 0 {
+		return errno
+	}
+	for _, s := range o.reads {
+		// Nothing is in the way of it: what is there now is no stranger's write lock.
+		if errno := applyLock(fd, s.readLock()); errno != 0 {
+			closeFD(fd)
+			return errno
+		}
+	}
+	if o.fd >= 0 {
+		closeFD(o.fd)
+	}
+	o.fd, o.writable, o.reads = fd, writable, nil
+	return 0
 }
 
 // openOr opens with the first flags that the host permits.
@@ -62,30 +83,17 @@ func (o *lockOwner) set(l unix.Flock_t) unix.Errno {
 		}
 		return errDropped
 	}
-	unlock, reader := l, l
-	unlock.Type, reader.Type = unix.F_UNLCK, unix.F_RDLCK
-	switch {
-	case o.rw < 0:
-		return applyLock(o.ro, l)
-	case o.ro < 0:
-		return applyLock(o.rw, l)
+	if o.fd < 0 {
+		return 0 // nothing was locked, so nothing is unlocked
 	}
-	// The host takes the two for strangers. What was locked through ro moves.
-	if errno := applyLock(o.ro, unlock); errno != 0 {
-		return errno
-	}
-	errno := applyLock(o.rw, l)
-	if errno != 0 && l.Type != unix.F_UNLCK {
-		// Back to what it may have been, rather than nothing.
-		_ = applyLock(o.ro, reader)
+	errno := applyLock(o.fd, l)
+	if errno == 0 && !o.writable {
+		o.reads = o.reads.set(l)
 	}
 	return errno
 }
 
 func applyLock(fd int, l unix.Flock_t) unix.Errno {
-	if fd < 0 {
-		return 0 // nothing was locked, so nothing is unlocked
-	}
 	return retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })
 }
 
@@ -94,15 +102,11 @@ func applyLock(fd int, l unix.Flock_t) unix.Errno {
 func (o *lockOwner) test(l *unix.Flock_t) unix.Errno {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	fd := o.rw
-	if fd < 0 {
-		fd = o.ro
-	}
-	if fd < 0 {
+	if o.fd < 0 {
 		l.Type = unix.F_UNLCK // dropped, or never had a lock
 		return 0
 	}
-	return testLock(fd, l)
+	return testLock(o.fd, l)
 }
 
 func testLock(fd int, l *unix.Flock_t) unix.Errno {
@@ -113,12 +117,10 @@ func testLock(fd int, l *unix.Flock_t) unix.Errno {
 func (o *lockOwner) drop() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for _, fd := range []int{o.ro, o.rw} {
-		if fd >= 0 {
-			closeFD(fd)
-		}
+	if o.fd >= 0 {
+		closeFD(o.fd)
 	}
-	o.ro, o.rw, o.dropped = -1, -1, true
+	o.fd, o.reads, o.dropped = -1, nil, true
 }
 
 // lockTable holds the owners of POSIX and OFD locks, and what waits for locks
@@ -158,7 +160,7 @@ func (t *lockTable) owner(req *lockRequest) (*lockOwner, unix.Errno) {
 		if len(t.owners) >= t.maxOwners {
 			return nil, unix.ENOLCK
 		}
-		o = &lockOwner{ro: -1, rw: -1}
+		o = &lockOwner{fd: -1}
 		t.owners[req.key] = o
 	}
 	o.handle, o.pid = req.handle.id, req.pid
