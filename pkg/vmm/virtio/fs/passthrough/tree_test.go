@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 )
 
@@ -222,6 +223,31 @@ func TestHandleLimit(t *testing.T) {
 	must(t, s.Release(e.NodeID, fh))
 	_, errno = s.Open(e.NodeID, unix.O_RDONLY)
 	want(t, "OPEN after a RELEASE", errno, 0)
+}
+
+// All there is to be had at once: locks by two handles of each owner, files, nodes.
+func TestDescriptorLimit(t *testing.T) {
+	const limit = 256
+	s := newShare(t, func(c *Config) { c.Limits.Descriptors, c.Limits.Nodes = limit, 16 })
+	before := fdtest.Count(t)
+	e, rw := s.mustCreate(t, root, "file", "")
+	ro, errno := s.Open(e.NodeID, unix.O_RDONLY)
+	must(t, errno)
+	owners := uint64(0)
+	for s.Setlk(e.NodeID, ro, owners, readLock(owners, owners), 0) == 0 {
+		must(t, s.Setlk(e.NodeID, rw, owners, readLock(owners, owners), 0))
+		owners++
+	}
+	files := 2
+	for ; ; files++ {
+		if _, _, errno := s.Create(root, fmt.Sprint(files), unix.O_RDWR, 0o644, 0); errno != 0 {
+			want(t, "CREATE", errno, unix.ENFILE)
+			break
+		}
+	}
+	if n := fdtest.Count(t) - before; n > limit {
+		t.Errorf("%d descriptors for %d owners of locks and %d files, at most %d were to be", n, owners, files, limit)
+	}
 }
 
 func TestThousandOpenFiles(t *testing.T) {
