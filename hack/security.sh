@@ -59,7 +59,7 @@ host_promises() {
 		pkg/vmm/virtio/blk TestHostileDriver FuzzHostileDriver FuzzRequest TestResetInFlight
 		pkg/vmm/virtio/console TestHostileDriver FuzzHostileDriver FuzzOutput TestResetInFlight
 		pkg/vmm/virtio/fs TestHostileDriver FuzzHostileDriver TestResetEndsLockWaits
-		pkg/vmm/virtio/fs/passthrough TestReleaseBecomesLock
+		pkg/vmm/virtio/fs/passthrough TestReleaseBecomesLock TestHolderAmongMany
 		pkg/vmm/virtio/mem TestHostileDriver FuzzHostileDriver
 		pkg/vmm/virtio/net TestHostileDriver FuzzHostileDriver FuzzDevice TestBrokenRings TestResetUnderTraffic
 		pkg/vmm/virtio/pmem TestHostileDriver FuzzHostileDriver FuzzRequest TestResetDuringFlush

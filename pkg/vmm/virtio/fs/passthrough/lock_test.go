@@ -57,6 +57,22 @@ func TestPosixLocks(t *testing.T) {
 	want(t, "unlocking what nobody has locked", set(9, unlock(0, endOfFile)), 0)
 }
 
+// What a GETLK costs does not grow with the owners for ever.
+func TestHolderAmongMany(t *testing.T) {
+	s := newShare(t)
+	e, fh := s.mustCreate(t, root, "file", "contents")
+	for owner := range uint64(maxAsked) + 1 {
+		must(t, s.Setlk(e.NodeID, fh, owner, writeLock(owner, owner), 0))
+		wanted := writeLock(0, 0)
+		if owner == maxAsked {
+			wanted.PID = 0
+		}
+		if got, errno := s.Getlk(e.NodeID, fh, 1000, readLock(0, 0)); errno != 0 || got != wanted {
+			t.Fatalf("with %d owners: %+v, %v", owner+1, got, errno)
+		}
+	}
+}
+
 func TestPosixLocksOfTheHost(t *testing.T) {
 	s := newShare(t)
 	e, fh := s.mustCreate(t, root, "file", "contents")

@@ -198,6 +198,10 @@ func (t *lockTable) closed(h *handle) {
 	}
 }
 
+// maxAsked is of how many owners holder finds out which one has a lock: each time the
+// host goes through the locks of all owners.
+const maxAsked = 64
+
 // holder returns the process of the guest that has found, a lock in the way of
 // req, or 0 if it is not the guest's or cannot be told.
 func (t *lockTable) holder(req *lockRequest, found *unix.Flock_t) uint32 {
@@ -213,6 +217,9 @@ func (t *lockTable) holder(req *lockRequest, found *unix.Flock_t) uint32 {
 		}
 	}
 	t.mu.Unlock()
+	if len(candidates) > maxAsked {
+		return 0
+	}
 	for _, c := range candidates {
 		// Only the holder itself does not see the lock.
 		seen := req.lock
