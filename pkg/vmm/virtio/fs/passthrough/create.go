@@ -66,6 +66,9 @@ func (s *Server) newEntry(r *request, node newNode, umask uint32, create func(di
 	}
 	fd, errno := s.inodes.openChild(node.dir.fd, node.name)
 	if errno != 0 {
+		if errno != unix.ENOENT { // somebody has removed it
+			s.discard(node)
+		}
 		return errno
 	}
 	var st unix.Statx_t
@@ -75,6 +78,7 @@ func (s *Server) newEntry(r *request, node newNode, umask uint32, create func(di
 	}
 	n, errno := s.inodes.add(fd, &st, node.dir, node.name)
 	if errno != 0 {
+		s.discard(node)
 		return errno
 	}
 	defer s.inodes.put(n)
@@ -143,7 +147,8 @@ func (s *Server) inheritsGroup(dir *inode, st *unix.Statx_t) (bool, unix.Errno) 
 	return parent.Mode&unix.S_ISGID != 0, errno
 }
 
-// discard removes a node that was created but cannot be given to the caller.
+// discard removes a node that was created but cannot be given to the caller, or not
+// told of.
 func (s *Server) discard(node newNode) {
 	flags := 0
 	if node.kind == unix.S_IFDIR {
@@ -307,9 +312,14 @@ func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, fl
 		closeFD(fd)
 		return errno
 	}
-	anchor, errno := s.proc.open(fd, unix.O_PATH)
+	var anchor int
+	errno = s.inodes.makingRoom(func() (errno unix.Errno) {
+		anchor, errno = s.proc.open(fd, unix.O_PATH)
+		return errno
+	})
 	if errno != 0 {
 		closeFD(fd)
+		s.discard(node)
 		return errno
 	}
 	place := node.dir
@@ -319,6 +329,7 @@ func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, fl
 	n, errno := s.inodes.add(anchor, &st, place, name)
 	if errno != 0 {
 		closeFD(fd)
+		s.discard(node)
 		return errno
 	}
 	return s.replyCreated(r, node.dir, name, &st, &handle{node: n, fd: fd, writable: writable(in.Flags)})
