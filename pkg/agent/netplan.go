@@ -41,6 +41,7 @@ type netInterface struct {
 	ipv6Disabled bool
 	acceptRA     uint32
 	addresses    []netAddress
+	up           bool // has been brought up; a plan's are to be
 }
 
 // deviceKey tells one device from the others: the PCI address if it has one,
@@ -70,14 +71,14 @@ type netRoute struct {
 }
 
 type netHop struct {
-	iface   string
+	device  deviceKey
 	gateway netip.Addr // zero for none
 	onlink  bool
 	weight  uint32
 }
 
 type netNeighbour struct {
-	iface   string
+	device  deviceKey
 	address netip.Addr
 	mac     string
 }
@@ -104,16 +105,16 @@ func parsePlan(m *agentproto.Network) (plan netPlan, err error) {
 			return plan, fmt.Errorf("%d %s, at most %d", list.n, list.what, list.max)
 		}
 	}
-	names, keys := map[string]bool{}, map[deviceKey]bool{}
+	names, keys := map[string]deviceKey{}, map[deviceKey]bool{}
 	for _, m := range m.GetInterfaces() {
 		i, err := parseInterface(m)
 		if err != nil {
 			return plan, fmt.Errorf("interface %.20q: %w", m.GetName(), err)
 		}
-		if names[i.name] || keys[i.deviceKey] {
+		if _, ok := names[i.name]; ok || keys[i.deviceKey] {
 			return plan, fmt.Errorf("interface %q is there twice", i.name)
 		}
-		names[i.name], keys[i.deviceKey] = true, true
+		names[i.name], keys[i.deviceKey] = i.deviceKey, true
 		plan.interfaces = append(plan.interfaces, i)
 	}
 	for _, m := range m.GetRoutes() {
@@ -210,7 +211,7 @@ func parseAddress(m *agentproto.Address) (a netAddress, err error) {
 	return a, nil
 }
 
-func parseRoute(m *agentproto.Route, names map[string]bool) (r netRoute, err error) {
+func parseRoute(m *agentproto.Route, names map[string]deviceKey) (r netRoute, err error) {
 	if r.destination, err = parsePrefix(m.GetDestination()); err != nil {
 		return r, err
 	}
@@ -248,10 +249,11 @@ func parseRoute(m *agentproto.Route, names map[string]bool) (r netRoute, err err
 		return r, fmt.Errorf("unknown type %d", r.kind)
 	}
 	for _, hop := range m.GetHops() {
-		h := netHop{iface: hop.GetInterface(), onlink: hop.GetOnlink(), weight: hop.GetWeight()}
-		if !names[h.iface] {
-			return r, fmt.Errorf("no interface %.20q", h.iface)
+		device, ok := names[hop.GetInterface()]
+		if !ok {
+			return r, fmt.Errorf("no interface %.20q", hop.GetInterface())
 		}
+		h := netHop{device: device, onlink: hop.GetOnlink(), weight: hop.GetWeight()}
 		if s := hop.GetGateway(); s != "" {
 			if h.gateway, err = parseAddr(s); err != nil {
 				return r, err
@@ -269,11 +271,12 @@ func parseRoute(m *agentproto.Route, names map[string]bool) (r netRoute, err err
 	return r, nil
 }
 
-func parseNeighbour(m *agentproto.Neighbour, names map[string]bool) (n netNeighbour, err error) {
-	n.iface = m.GetInterface()
-	if !names[n.iface] {
-		return n, fmt.Errorf("no interface %.20q", n.iface)
+func parseNeighbour(m *agentproto.Neighbour, names map[string]deviceKey) (n netNeighbour, err error) {
+	device, ok := names[m.GetInterface()]
+	if !ok {
+		return n, fmt.Errorf("no interface %.20q", m.GetInterface())
 	}
+	n.device = device
 	if n.address, err = parseAddr(m.GetAddress()); err != nil {
 		return n, err
 	}
@@ -312,4 +315,28 @@ func missing[T any](list, other []T) []T {
 		have[fmt.Sprint(e)] = true
 	}
 	return without(list, func(e T) bool { return have[fmt.Sprint(e)] })
+}
+
+// remove takes elements of set away, one after the other. Those that are left
+// after an error stay in set.
+func remove[T any](set *[]T, gone []T, f func(T) error) (err error) {
+	kept := missing(*set, gone)
+	for len(gone) > 0 && err == nil {
+		if err = f(gone[0]); err == nil {
+			gone = gone[1:]
+		}
+	}
+	*set = append(kept, gone...)
+	return err
+}
+
+// add adds elements to set, one after the other, until there is an error.
+func add[T any](set *[]T, more []T, f func(T) error) error {
+	for _, e := range more {
+		if err := f(e); err != nil {
+			return err
+		}
+		*set = append(*set, e)
+	}
+	return nil
 }

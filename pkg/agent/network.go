@@ -24,14 +24,16 @@ import (
 // networkPaths is where sysfs shows the network device of a virtio function.
 var networkPaths = []string{"virtio*/net/*"}
 
-// guestNetwork is the network of the guest as the shim has described it last.
+// guestNetwork is the network of the guest.
 type guestNetwork struct {
 	// sys is where sysfs is mounted.
 	sys string
 
-	mu      sync.Mutex
-	applied netPlan
-	// index is the number of each device that a plan has named.
+	mu sync.Mutex
+	// set is what has been set, step by step: the shim's last plan or, if that has
+	// failed, what there is of it and still is of those before.
+	set netPlan
+	// index is the number of each device of set.
 	index map[deviceKey]int
 }
 
@@ -42,7 +44,7 @@ func (a *Agent) UpdateNetwork(_ context.Context, r *agentproto.Network) (*emptyp
 
 // update makes the network of the guest what r says. It changes only what is
 // not the same as before: the rest may be the pod's own work. After an error,
-// the same or another update may be tried.
+// the same or another update may be tried: what was set until then is known.
 func (n *guestNetwork) update(r *agentproto.Network) error {
 	plan, err := parseNetwork(r)
 	if err != nil {
@@ -55,11 +57,10 @@ func (n *guestNetwork) update(r *agentproto.Network) error {
 		return fmt.Errorf("open netlink: %w", err)
 	}
 	defer nl.Close()
-	c := &netChange{Handle: nl, network: n, links: map[string]netlink.Link{}}
+	c := &netChange{Handle: nl, network: n, links: map[deviceKey]netlink.Link{}}
 	if err := c.apply(plan); err != nil {
 		return fmt.Errorf("network: %w", err)
 	}
-	n.applied = plan
 	return nil
 }
 
@@ -67,13 +68,13 @@ func (n *guestNetwork) update(r *agentproto.Network) error {
 type netChange struct {
 	*netlink.Handle
 	network *guestNetwork
-	links   map[string]netlink.Link // by the name in the plan
+	links   map[deviceKey]netlink.Link
 }
 
 func (c *netChange) apply(plan netPlan) error {
-	old := c.network.applied
+	set := &c.network.set
 	// What goes first makes room: for a name, for an address.
-	for _, i := range missingInterfaces(old, plan) {
+	for _, i := range without(set.interfaces, func(i netInterface) bool { return plan.with(i.deviceKey) != nil }) {
 		if err := c.retire(i); err != nil {
 			return fmt.Errorf("interface %s: %w", i.name, err)
 		}
@@ -83,28 +84,24 @@ func (c *netChange) apply(plan netPlan) error {
 			return fmt.Errorf("interface %s: %w", i.name, err)
 		}
 	}
-	if err := c.rename(plan, old); err != nil {
+	if err := c.rename(plan); err != nil {
 		return err
 	}
 	for _, i := range plan.interfaces {
-		if err := c.configure(i, old.with(i.deviceKey)); err != nil {
+		if err := c.configure(i, set.with(i.deviceKey)); err != nil {
 			return fmt.Errorf("interface %s: %w", i.name, err)
 		}
 	}
-	for _, r := range missing(old.routes, plan.routes) {
-		// It may have gone with an interface or an address, or by the pod's hand.
-		route, err := c.route(r)
-		if err == nil {
-			err = c.RouteDel(route)
-		}
-		if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, errdefs.ErrNotFound) {
-			return fmt.Errorf("remove the route to %s: %w", r.destination, err)
-		}
-	}
-	if err := c.addRoutes(missing(plan.routes, old.routes)); err != nil {
+	if err := remove(&set.routes, missing(set.routes, plan.routes), c.removeRoute); err != nil {
 		return err
 	}
-	return c.setNeighbours(missing(old.neighbours, plan.neighbours), missing(plan.neighbours, old.neighbours))
+	if err := c.addRoutes(missing(plan.routes, set.routes)); err != nil {
+		return err
+	}
+	if err := remove(&set.neighbours, missing(set.neighbours, plan.neighbours), c.removeNeighbour); err != nil {
+		return err
+	}
+	return add(&set.neighbours, missing(plan.neighbours, set.neighbours), c.addNeighbour)
 }
 
 // with returns what the plan has about a device, or nil.
@@ -117,31 +114,43 @@ func (p netPlan) with(key deviceKey) *netInterface {
 	return nil
 }
 
-func missingInterfaces(old, plan netPlan) []netInterface {
-	return without(old.interfaces, func(i netInterface) bool { return plan.with(i.deviceKey) != nil })
-}
-
 // retire takes an interface out of use, and one that came after boot off the
 // bus: the host takes it back.
 func (c *netChange) retire(i netInterface) error {
-	index := c.network.index[i.deviceKey]
-	delete(c.network.index, i.deviceKey)
-	if err := c.disable(i, index); err != nil {
+	if err := c.removeVia(i.deviceKey, func(netip.Addr) bool { return true }); err != nil {
 		return err
 	}
-	if i.pci == "" {
-		return nil
+	if err := c.disable(i); err != nil {
+		return err
 	}
-	remove := filepath.Join(c.network.sys, "bus/pci/devices", i.pci, "remove")
-	if err := os.WriteFile(remove, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("take it off the bus: %w", err)
+	if i.pci != "" {
+		file := filepath.Join(c.network.sys, "bus/pci/devices", i.pci, "remove")
+		if err := os.WriteFile(file, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("take it off the bus: %w", err)
+		}
 	}
+	set := &c.network.set
+	set.interfaces = without(set.interfaces, func(other netInterface) bool { return other.deviceKey == i.deviceKey })
+	delete(c.network.index, i.deviceKey)
 	return nil
 }
 
+// removeVia removes the routes and neighbours that a device leads to, those with
+// an address of which is says true.
+func (c *netChange) removeVia(device deviceKey, is func(netip.Addr) bool) error {
+	set := &c.network.set
+	hop := func(h netHop) bool { return h.device == device }
+	routes := without(set.routes, func(r netRoute) bool { return !is(r.destination.Addr()) || !slices.ContainsFunc(r.hops, hop) })
+	if err := remove(&set.routes, routes, c.removeRoute); err != nil {
+		return err
+	}
+	neighbours := without(set.neighbours, func(n netNeighbour) bool { return !is(n.address) || n.device != device })
+	return remove(&set.neighbours, neighbours, c.removeNeighbour)
+}
+
 // disable does nothing where the device is gone already.
-func (c *netChange) disable(i netInterface, index int) error {
-	link, err := c.LinkByIndex(index)
+func (c *netChange) disable(i netInterface) error {
+	link, err := c.LinkByIndex(c.network.index[i.deviceKey])
 	if notFound(err) {
 		return nil
 	}
@@ -152,8 +161,8 @@ func (c *netChange) disable(i netInterface, index int) error {
 		return fmt.Errorf("take it down: %w", err)
 	}
 	for _, a := range i.addresses {
-		if err := c.AddrDel(link, a.netlink()); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return fmt.Errorf("remove address %s: %w", a.prefix, err)
+		if err := c.removeAddress(link, a); err != nil {
+			return err
 		}
 	}
 	return c.moveAside(link)
@@ -181,7 +190,10 @@ func (c *netChange) find(i netInterface) error {
 		return err
 	}
 	c.network.index[i.deviceKey] = link.Attrs().Index
-	c.links[i.name] = link
+	c.links[i.deviceKey] = link
+	if c.network.set.with(i.deviceKey) == nil {
+		c.network.set.interfaces = append(c.network.set.interfaces, netInterface{deviceKey: i.deviceKey})
+	}
 	return nil
 }
 
@@ -200,30 +212,43 @@ func (c *netChange) linkByMAC(mac string) (netlink.Link, error) {
 
 // rename gives every new link its name. The kernel's own choice for one of them
 // may be the name of another.
-func (c *netChange) rename(plan, old netPlan) error {
+func (c *netChange) rename(plan netPlan) error {
 	for _, i := range plan.interfaces {
-		link := c.links[i.name]
-		if was := old.with(i.deviceKey); link.Attrs().Name == i.name || was != nil && was.name == i.name {
+		link, set := c.links[i.deviceKey], c.network.set.with(i.deviceKey)
+		if set.name == i.name {
 			continue
 		}
-		other, err := c.LinkByName(i.name)
-		if err != nil && !notFound(err) {
-			return fmt.Errorf("interface %s: %w", i.name, err)
-		}
-		if err == nil {
-			if err := c.moveAside(other); err != nil {
-				return err
+		if link.Attrs().Name != i.name {
+			if err := c.makeRoom(i.name); err != nil {
+				return fmt.Errorf("interface %s: %w", i.name, err)
 			}
-			for _, l := range c.links {
-				if l.Attrs().Index == other.Attrs().Index {
-					l.Attrs().Name = asideName(l)
-				}
+			if err := c.LinkSetName(link, i.name); err != nil {
+				return fmt.Errorf("rename %s to %s: %w", link.Attrs().Name, i.name, err)
 			}
+			link.Attrs().Name = i.name
 		}
-		if err := c.LinkSetName(link, i.name); err != nil {
-			return fmt.Errorf("rename %s to %s: %w", link.Attrs().Name, i.name, err)
+		set.name = i.name
+	}
+	return nil
+}
+
+// makeRoom frees a name that another link may have.
+func (c *netChange) makeRoom(name string) error {
+	other, err := c.LinkByName(name)
+	if notFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := c.moveAside(other); err != nil {
+		return err
+	}
+	for key, l := range c.links {
+		if l.Attrs().Index == other.Attrs().Index {
+			l.Attrs().Name = asideName(l)
+			c.network.set.with(key).name = ""
 		}
-		link.Attrs().Name = i.name
 	}
 	return nil
 }
@@ -241,38 +266,55 @@ func asideName(link netlink.Link) string {
 	return "unused" + strconv.Itoa(link.Attrs().Index)
 }
 
-// configure sets what belongs to one interface; old is what was set before, nil
-// for nothing.
-func (c *netChange) configure(i netInterface, old *netInterface) error {
-	link := c.links[i.name]
-	if link.Attrs().MTU != i.mtu && (old == nil || old.mtu != i.mtu) {
-		if err := c.LinkSetMTU(link, i.mtu); err != nil {
-			return fmt.Errorf("set the MTU to %d: %w", i.mtu, err)
+// configure sets what belongs to one interface, of which set is what has been
+// set.
+func (c *netChange) configure(i netInterface, set *netInterface) error {
+	link := c.links[i.deviceKey]
+	if set.mtu != i.mtu {
+		if link.Attrs().MTU != i.mtu {
+			if err := c.LinkSetMTU(link, i.mtu); err != nil {
+				return fmt.Errorf("set the MTU to %d: %w", i.mtu, err)
+			}
 		}
+		set.mtu = i.mtu
 	}
-	var had []netAddress
-	if old != nil {
-		had = old.addresses
-	}
-	if old == nil || old.ipv6Disabled != i.ipv6Disabled || old.acceptRA != i.acceptRA {
+	if !set.up || set.ipv6Disabled != i.ipv6Disabled || set.acceptRA != i.acceptRA {
 		if err := i.setIPv6(link.Attrs().Name); err != nil {
 			return err
 		}
+		set.ipv6Disabled, set.acceptRA = i.ipv6Disabled, i.acceptRA
 	}
-	if old == nil {
+	if !set.up {
 		if err := c.LinkSetUp(link); err != nil {
 			return fmt.Errorf("bring it up: %w", err)
 		}
+		set.up = true
 	}
-	for _, a := range missing(had, i.addresses) {
-		if err := c.AddrDel(link, a.netlink()); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return fmt.Errorf("remove address %s: %w", a.prefix, err)
+	is4 := func(a netAddress) bool { return a.prefix.Addr().Is4() }
+	gone := missing(set.addresses, i.addresses)
+	if slices.ContainsFunc(gone, is4) {
+		// With one of IPv4 the kernel takes away those that are secondary to it
+		// (__inet_del_ifa), and with the last one all routes and neighbours of the
+		// link (fib_disable_ip). Those of the plan are set again.
+		if err := c.removeVia(i.deviceKey, netip.Addr.Is4); err != nil {
+			return err
 		}
+		gone = without(set.addresses, func(a netAddress) bool { return !is4(a) && slices.Contains(i.addresses, a) })
 	}
-	for _, a := range missing(i.addresses, had) {
+	if err := remove(&set.addresses, gone, func(a netAddress) error { return c.removeAddress(link, a) }); err != nil {
+		return err
+	}
+	return add(&set.addresses, missing(i.addresses, set.addresses), func(a netAddress) error {
 		if err := c.AddrReplace(link, a.netlink()); err != nil {
 			return fmt.Errorf("add address %s: %w", a.prefix, err)
 		}
+		return nil
+	})
+}
+
+func (c *netChange) removeAddress(link netlink.Link, a netAddress) error {
+	if err := c.AddrDel(link, a.netlink()); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("remove address %s: %w", a.prefix, err)
 	}
 	return nil
 }
@@ -307,15 +349,14 @@ func (c *netChange) addRoutes(routes []netRoute) error {
 		var failed []netRoute
 		var errs []error
 		for _, r := range routes {
-			route, err := c.route(r)
-			if err == nil {
-				// Not to replace one: several links have the same, fe80::/64.
-				err = c.RouteAppend(route)
-			}
+			// Not to replace one: several links have the same, fe80::/64.
+			err := c.RouteAppend(c.route(r))
 			if err != nil && !errors.Is(err, unix.EEXIST) {
 				failed = append(failed, r)
 				errs = append(errs, fmt.Errorf("route to %s: %w", r.destination, err))
+				continue
 			}
+			c.network.set.routes = append(c.network.set.routes, r)
 		}
 		if len(failed) == len(routes) {
 			return errs[0]
@@ -325,7 +366,16 @@ func (c *netChange) addRoutes(routes []netRoute) error {
 	return nil
 }
 
-func (c *netChange) route(r netRoute) (*netlink.Route, error) {
+// removeRoute does nothing where it has gone with an interface or an address, or
+// by the pod's hand.
+func (c *netChange) removeRoute(r netRoute) error {
+	if err := c.RouteDel(c.route(r)); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("remove the route to %s: %w", r.destination, err)
+	}
+	return nil
+}
+
+func (c *netChange) route(r netRoute) *netlink.Route {
 	route := &netlink.Route{
 		Dst:      ipNet(r.destination),
 		Type:     int(r.kind),
@@ -340,11 +390,7 @@ func (c *netChange) route(r netRoute) (*netlink.Route, error) {
 		route.Src = r.source.AsSlice()
 	}
 	for _, h := range r.hops {
-		link := c.links[h.iface]
-		if link == nil {
-			return nil, fmt.Errorf("interface %s: %w", h.iface, errdefs.ErrNotFound)
-		}
-		hop := &netlink.NexthopInfo{LinkIndex: link.Attrs().Index}
+		hop := &netlink.NexthopInfo{LinkIndex: c.network.index[h.device]}
 		if h.weight > 0 {
 			hop.Hops = int(h.weight) - 1
 		}
@@ -365,35 +411,32 @@ func (c *netChange) route(r netRoute) (*netlink.Route, error) {
 		route.MultiPath = nil
 		route.LinkIndex, route.Flags, route.Gw, route.Via = hop.LinkIndex, hop.Flags, hop.Gw, hop.Via
 	}
-	return route, nil
+	return route
 }
 
-func (c *netChange) setNeighbours(gone, added []netNeighbour) error {
-	for _, n := range gone {
-		link := c.links[n.iface]
-		if link == nil {
-			continue // gone with its interface
-		}
-		if err := c.NeighDel(n.netlink(link)); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("remove neighbour %s: %w", n.address, err)
-		}
-	}
-	for _, n := range added {
-		if err := c.NeighSet(n.netlink(c.links[n.iface])); err != nil {
-			return fmt.Errorf("neighbour %s: %w", n.address, err)
-		}
+// removeNeighbour does nothing where it is gone, with its device or without.
+func (c *netChange) removeNeighbour(n netNeighbour) error {
+	if err := c.NeighDel(c.neighbour(n)); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove neighbour %s: %w", n.address, err)
 	}
 	return nil
 }
 
-func (n netNeighbour) netlink(link netlink.Link) *netlink.Neigh {
+func (c *netChange) addNeighbour(n netNeighbour) error {
+	if err := c.NeighSet(c.neighbour(n)); err != nil {
+		return fmt.Errorf("neighbour %s: %w", n.address, err)
+	}
+	return nil
+}
+
+func (c *netChange) neighbour(n netNeighbour) *netlink.Neigh {
 	mac, _ := net.ParseMAC(n.mac) // parseMAC has made it
 	family := unix.AF_INET
 	if n.address.Is6() {
 		family = unix.AF_INET6
 	}
 	return &netlink.Neigh{
-		LinkIndex:    link.Attrs().Index,
+		LinkIndex:    c.network.index[n.device],
 		Family:       family,
 		State:        netlink.NUD_PERMANENT,
 		IP:           n.address.AsSlice(),

@@ -315,3 +315,146 @@ func TestNetworkWithoutDevice(t *testing.T) {
 		}
 	})
 }
+
+// After an error, the same or another update may be tried: what goes is gone, what is to be there is there, and nothing else.
+func TestNetworkAfterAnError(t *testing.T) {
+	inNamespace(t, testNetworkAfterAnError)
+}
+
+func testNetworkAfterAnError(t *testing.T) {
+	makeDevice(t, "v0", "02:00:00:00:00:01")
+	makeDevice(t, "v1", "02:00:00:00:00:02")
+	n := newGuestNetwork(t)
+	address := func(prefix string) *agentproto.Address { return &agentproto.Address{Prefix: prefix} }
+	first := func(mtu uint32, addresses ...*agentproto.Address) *agentproto.Interface {
+		return &agentproto.Interface{Mac: "02:00:00:00:00:01", Name: "eth0", Mtu: mtu, Ipv6Disabled: true, Addresses: addresses}
+	}
+	second := &agentproto.Interface{Mac: "02:00:00:00:00:02", Name: "eth1", Mtu: 1400, Ipv6Disabled: true, Addresses: []*agentproto.Address{address("10.2.0.2/24")}}
+	reach := func(destination, iface string) *agentproto.Route {
+		r := unicast(destination, iface, "")
+		r.Scope = unix.RT_SCOPE_LINK
+		return r
+	}
+	neighbour := func(address string) *agentproto.Neighbour {
+		return &agentproto.Neighbour{Interface: "eth0", Address: address, Mac: "02:00:00:00:00:fe"}
+	}
+	good := &agentproto.Network{
+		Interfaces: []*agentproto.Interface{first(1400, address("10.1.0.2/24")), second},
+		Routes:     []*agentproto.Route{reach("10.1.0.0/24", "eth0"), unicast("10.3.0.0/16", "eth0", "10.1.0.1"), reach("10.2.0.0/24", "eth1")},
+		Neighbours: []*agentproto.Neighbour{neighbour("10.1.0.7")},
+	}
+	// It has another address and other routes, lacks an interface, and cannot be done.
+	bad := &agentproto.Network{
+		Interfaces: []*agentproto.Interface{first(1300, address("10.4.0.2/24"))},
+		Routes:     []*agentproto.Route{reach("10.4.0.0/24", "eth0"), unicast("10.5.0.0/16", "eth0", "10.4.0.1"), unicast("10.6.0.0/16", "eth0", "203.0.113.1")},
+		Neighbours: []*agentproto.Neighbour{neighbour("10.4.0.7")},
+	}
+	neighbours := func() (list []string) {
+		eth0, err := netlink.LinkByName("eth0")
+		if err != nil {
+			t.Error(err)
+			return nil
+		}
+		all, err := netlink.NeighList(eth0.Attrs().Index, netlink.FAMILY_V4)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, n := range all {
+			list = append(list, n.IP.String())
+		}
+		return list
+	}
+	isGood := func() {
+		t.Helper()
+		expect(t, "eth0", addressesOf(t, "eth0"), "10.1.0.2/24")
+		expect(t, "eth1", addressesOf(t, "eth1"), "10.2.0.2/24")
+		expect(t, "routes", routesOf(t), "10.1.0.0/24", "10.2.0.0/24", "10.3.0.0/16 via 10.1.0.1")
+		expect(t, "neighbours", neighbours(), "10.1.0.7")
+		if eth0, err := netlink.LinkByName("eth0"); err != nil || eth0.Attrs().MTU != 1400 {
+			t.Errorf("eth0: %v, %+v", err, eth0)
+		}
+	}
+	must := func(what string, network *agentproto.Network) {
+		t.Helper()
+		if err := n.update(network); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	must("the first one", good)
+	isGood()
+	for range 2 {
+		if err := n.update(bad); err == nil || !strings.Contains(err.Error(), "10.6.0.0/16") {
+			t.Errorf("unreachable gateway: %v", err)
+		}
+	}
+	must("what there was, again", good)
+	isGood()
+	if err := n.update(bad); err == nil {
+		t.Error("unreachable gateway")
+	}
+	must("without what fails", &agentproto.Network{Interfaces: bad.Interfaces, Routes: bad.Routes[:2], Neighbours: bad.Neighbours})
+	expect(t, "eth0", addressesOf(t, "eth0"), "10.4.0.2/24")
+	expect(t, "routes", routesOf(t), "10.4.0.0/24", "10.5.0.0/16 via 10.4.0.1")
+	expect(t, "neighbours", neighbours(), "10.4.0.7")
+
+	// A device does not come, and is not what the next one has.
+	unknown := &agentproto.Interface{Mac: "02:00:00:00:00:99", Name: "eth9", Mtu: 1500}
+	if err := n.update(&agentproto.Network{Interfaces: []*agentproto.Interface{second, unknown}}); !errdefs.IsNotFound(err) {
+		t.Errorf("no device: %v", err)
+	}
+	must("what there was first", good)
+	isGood()
+	must("nothing", nil)
+	expect(t, "routes", routesOf(t))
+	for _, name := range []string{"eth0", "eth1"} {
+		if _, err := netlink.LinkByName(name); err == nil {
+			t.Errorf("%s is in use though it should not be", name)
+		}
+	}
+}
+
+// What a plan has like the one before is there also where the kernel has taken it
+// away with something that has changed: a device (docker network disconnect and
+// connect, in one update), an address.
+func TestNetworkGoesAlong(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		makeDevice(t, "v0", "02:00:00:00:00:01")
+		makeDevice(t, "v1", "02:00:00:00:00:02")
+		n := newGuestNetwork(t)
+		reach := unicast("10.1.0.0/24", "eth0", "")
+		reach.Scope = unix.RT_SCOPE_LINK
+		one := &agentproto.Interface{Name: "eth0", Mtu: 1400, Ipv6Disabled: true}
+		network := &agentproto.Network{
+			Interfaces: []*agentproto.Interface{one},
+			Routes:     []*agentproto.Route{reach, unicast("0.0.0.0/0", "eth0", "10.1.0.1")},
+			Neighbours: []*agentproto.Neighbour{{Interface: "eth0", Address: "10.1.0.1", Mac: "02:00:00:00:00:fe"}},
+		}
+		for _, now := range []struct {
+			mac       string
+			addresses []string
+		}{
+			{"02:00:00:00:00:01", []string{"10.1.0.2/24"}},
+			{"02:00:00:00:00:02", []string{"10.1.0.2/24"}},
+			{"02:00:00:00:00:02", []string{"10.1.0.3/24", "10.1.0.4/24"}},
+			{"02:00:00:00:00:02", []string{"10.1.0.4/24"}},
+		} {
+			one.Mac, one.Addresses = now.mac, nil
+			for _, a := range now.addresses {
+				one.Addresses = append(one.Addresses, &agentproto.Address{Prefix: a})
+			}
+			if err := n.update(network); err != nil {
+				t.Error(err)
+			}
+			eth0, err := netlink.LinkByName("eth0")
+			if err != nil || eth0.Attrs().HardwareAddr.String() != now.mac {
+				t.Errorf("%v, %+v", err, eth0)
+				return
+			}
+			expect(t, "eth0", addressesOf(t, "eth0"), now.addresses...)
+			expect(t, "routes", routesOf(t), "0.0.0.0/0 via 10.1.0.1", "10.1.0.0/24")
+			if list, err := netlink.NeighList(eth0.Attrs().Index, netlink.FAMILY_V4); err != nil || len(list) != 1 {
+				t.Errorf("neighbours %v, %v", list, err)
+			}
+		}
+	})
+}
