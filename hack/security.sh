@@ -99,7 +99,7 @@ host_promises() {
 		pkg/shim TestGuestTextIsKnown TestGuestNamesNoPath
 		= Nothing the agent says makes the shim crash, hang, grow or act on another sandbox
 		pkg/shim/agentclient TestHostileReplies TestSilentAgent TestAnswersOutOfOrder TestMultipliedAnswer TestEndlessEvents TestBrokenFrames TestUnaskedFrames TestEndlessUnaskedFrames FuzzReplies FuzzAnswers FuzzStats
-		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced
+		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced TestClockOfHostileAgent
 		pkg/internal/printable TestString FuzzString
 		= The shim has the capabilities of its list and no other ones, on every thread
 		pkg/shim TestSurroundings

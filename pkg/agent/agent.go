@@ -54,6 +54,7 @@ type Agent struct {
 	events  *eventQueue
 	oom     *oomWatch
 	network *guestNetwork
+	clock   *wallClock
 	// forwards has an element for each connection of Forward.
 	forwards chan struct{}
 	size     *guestSize
@@ -92,6 +93,7 @@ func New(config Config) (*Agent, error) {
 		streams:    newStreamHub(config.Log),
 		events:     newEventQueue(config.Log),
 		network:    &guestNetwork{sys: "/sys", index: make(map[deviceKey]int)},
+		clock:      &wallClock{slew: guest.SlewTime, step: guest.StepTime, log: config.Log},
 		forwards:   make(chan struct{}, maxForwards),
 		podInit:    &podInit{reaper: config.Reaper, log: config.Log},
 		shutdown:   make(chan struct{}),

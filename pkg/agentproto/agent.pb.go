@@ -189,7 +189,7 @@ type ConfigureSandboxRequest struct {
 	SharedTag string `protobuf:"bytes,2,opt,name=shared_tag,json=sharedTag,proto3" json:"shared_tag,omitempty"`
 	// Sysctls of the namespaces that the whole sandbox shares.
 	Sysctls map[string]string `protobuf:"bytes,3,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// The host's wall clock.
+	// The host's wall clock, which the guest's is set to.
 	Time *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
 	// Links, addresses and routes. None: there is the loopback only.
 	Network *Network `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
@@ -1426,6 +1426,58 @@ func (x *ContainerStatsResponse) GetMetrics() *anypb.Any {
 	return nil
 }
 
+type CorrectTimeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Earliest      *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=earliest,proto3" json:"earliest,omitempty"`
+	Latest        *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=latest,proto3" json:"latest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CorrectTimeRequest) Reset() {
+	*x = CorrectTimeRequest{}
+	mi := &file_agent_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CorrectTimeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CorrectTimeRequest) ProtoMessage() {}
+
+func (x *CorrectTimeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CorrectTimeRequest.ProtoReflect.Descriptor instead.
+func (*CorrectTimeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *CorrectTimeRequest) GetEarliest() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Earliest
+	}
+	return nil
+}
+
+func (x *CorrectTimeRequest) GetLatest() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Latest
+	}
+	return nil
+}
+
 type EventsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1434,7 +1486,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1446,7 +1498,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1459,7 +1511,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 type Event struct {
@@ -1475,7 +1527,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1487,7 +1539,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1500,7 +1552,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Event) GetTimestamp() *timestamppb.Timestamp {
@@ -1548,7 +1600,7 @@ type OOMKill struct {
 
 func (x *OOMKill) Reset() {
 	*x = OOMKill{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1612,7 @@ func (x *OOMKill) String() string {
 func (*OOMKill) ProtoMessage() {}
 
 func (x *OOMKill) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1625,7 @@ func (x *OOMKill) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OOMKill.ProtoReflect.Descriptor instead.
 func (*OOMKill) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *OOMKill) GetContainerId() string {
@@ -1597,7 +1649,7 @@ type Network struct {
 
 func (x *Network) Reset() {
 	*x = Network{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1661,7 @@ func (x *Network) String() string {
 func (*Network) ProtoMessage() {}
 
 func (x *Network) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1674,7 @@ func (x *Network) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Network.ProtoReflect.Descriptor instead.
 func (*Network) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Network) GetInterfaces() []*Interface {
@@ -1665,7 +1717,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1729,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1742,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Interface) GetPciAddress() string {
@@ -1758,7 +1810,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1822,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1835,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Address) GetPrefix() string {
@@ -1836,7 +1888,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1848,7 +1900,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1861,7 +1913,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Route) GetDestination() string {
@@ -1941,7 +1993,7 @@ type NextHop struct {
 
 func (x *NextHop) Reset() {
 	*x = NextHop{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1953,7 +2005,7 @@ func (x *NextHop) String() string {
 func (*NextHop) ProtoMessage() {}
 
 func (x *NextHop) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1966,7 +2018,7 @@ func (x *NextHop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
 func (*NextHop) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *NextHop) GetInterface() string {
@@ -2009,7 +2061,7 @@ type Neighbour struct {
 
 func (x *Neighbour) Reset() {
 	*x = Neighbour{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2021,7 +2073,7 @@ func (x *Neighbour) String() string {
 func (*Neighbour) ProtoMessage() {}
 
 func (x *Neighbour) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2034,7 +2086,7 @@ func (x *Neighbour) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
 func (*Neighbour) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Neighbour) GetInterface() string {
@@ -2070,7 +2122,7 @@ type ForwardRequest struct {
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2082,7 +2134,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2095,7 +2147,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ForwardRequest) GetStream() uint64 {
@@ -2131,7 +2183,7 @@ type ResizeSandboxRequest struct {
 
 func (x *ResizeSandboxRequest) Reset() {
 	*x = ResizeSandboxRequest{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2143,7 +2195,7 @@ func (x *ResizeSandboxRequest) String() string {
 func (*ResizeSandboxRequest) ProtoMessage() {}
 
 func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2156,7 +2208,7 @@ func (x *ResizeSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxRequest.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ResizeSandboxRequest) GetCpus() uint32 {
@@ -2183,7 +2235,7 @@ type ResizeSandboxResponse struct {
 
 func (x *ResizeSandboxResponse) Reset() {
 	*x = ResizeSandboxResponse{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2195,7 +2247,7 @@ func (x *ResizeSandboxResponse) String() string {
 func (*ResizeSandboxResponse) ProtoMessage() {}
 
 func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2208,7 +2260,7 @@ func (x *ResizeSandboxResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ResizeSandboxResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ResizeSandboxResponse) GetCpus() uint32 {
@@ -2328,7 +2380,10 @@ const file_agent_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tresources\x18\x02 \x01(\fR\tresources\"H\n" +
 	"\x16ContainerStatsResponse\x12.\n" +
-	"\ametrics\x18\x01 \x01(\v2\x14.google.protobuf.AnyR\ametrics\"\x0f\n" +
+	"\ametrics\x18\x01 \x01(\v2\x14.google.protobuf.AnyR\ametrics\"\x80\x01\n" +
+	"\x12CorrectTimeRequest\x126\n" +
+	"\bearliest\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\bearliest\x122\n" +
+	"\x06latest\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06latest\"\x0f\n" +
 	"\rEventsRequest\"\x81\x01\n" +
 	"\x05Event\x128\n" +
 	"\ttimestamp\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\ttimestamp\x126\n" +
@@ -2387,7 +2442,7 @@ const file_agent_proto_rawDesc = "" +
 	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes\"P\n" +
 	"\x15ResizeSandboxResponse\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12#\n" +
-	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\xf5\r\n" +
+	"\rplugged_bytes\x18\x02 \x01(\x04R\fpluggedBytes2\xfe\x0e\n" +
 	"\x05Agent\x12E\n" +
 	"\x04Info\x12\x1d.microvm.agent.v1.InfoRequest\x1a\x1e.microvm.agent.v1.InfoResponse\x12U\n" +
 	"\x10ConfigureSandbox\x12).microvm.agent.v1.ConfigureSandboxRequest\x1a\x16.google.protobuf.Empty\x12d\n" +
@@ -2408,7 +2463,9 @@ const file_agent_proto_rawDesc = "" +
 	"\x0eContainerStats\x12\".microvm.agent.v1.ContainerRequest\x1a(.microvm.agent.v1.ContainerStatsResponse\x12P\n" +
 	"\fSandboxStats\x12\x16.google.protobuf.Empty\x1a(.microvm.agent.v1.ContainerStatsResponse\x12B\n" +
 	"\rUpdateNetwork\x12\x19.microvm.agent.v1.Network\x1a\x16.google.protobuf.Empty\x12C\n" +
-	"\aForward\x12 .microvm.agent.v1.ForwardRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
+	"\aForward\x12 .microvm.agent.v1.ForwardRequest\x1a\x16.google.protobuf.Empty\x12:\n" +
+	"\bNoteTime\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.Empty\x12K\n" +
+	"\vCorrectTime\x12$.microvm.agent.v1.CorrectTimeRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
 	"\x06Events\x12\x1f.microvm.agent.v1.EventsRequest\x1a\x17.microvm.agent.v1.Event0\x01\x12`\n" +
 	"\rResizeSandbox\x12&.microvm.agent.v1.ResizeSandboxRequest\x1a'.microvm.agent.v1.ResizeSandboxResponse\x12:\n" +
 	"\bShutdown\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.EmptyB>Z<github.com/microvm-runtime/microvm/pkg/agentproto;agentprotob\x06proto3"
@@ -2425,7 +2482,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),             // 0: microvm.agent.v1.InfoRequest
 	(*InfoResponse)(nil),            // 1: microvm.agent.v1.InfoResponse
@@ -2450,92 +2507,99 @@ var file_agent_proto_goTypes = []any{
 	(*ProcessEntry)(nil),            // 20: microvm.agent.v1.ProcessEntry
 	(*UpdateContainerRequest)(nil),  // 21: microvm.agent.v1.UpdateContainerRequest
 	(*ContainerStatsResponse)(nil),  // 22: microvm.agent.v1.ContainerStatsResponse
-	(*EventsRequest)(nil),           // 23: microvm.agent.v1.EventsRequest
-	(*Event)(nil),                   // 24: microvm.agent.v1.Event
-	(*OOMKill)(nil),                 // 25: microvm.agent.v1.OOMKill
-	(*Network)(nil),                 // 26: microvm.agent.v1.Network
-	(*Interface)(nil),               // 27: microvm.agent.v1.Interface
-	(*Address)(nil),                 // 28: microvm.agent.v1.Address
-	(*Route)(nil),                   // 29: microvm.agent.v1.Route
-	(*NextHop)(nil),                 // 30: microvm.agent.v1.NextHop
-	(*Neighbour)(nil),               // 31: microvm.agent.v1.Neighbour
-	(*ForwardRequest)(nil),          // 32: microvm.agent.v1.ForwardRequest
-	(*ResizeSandboxRequest)(nil),    // 33: microvm.agent.v1.ResizeSandboxRequest
-	(*ResizeSandboxResponse)(nil),   // 34: microvm.agent.v1.ResizeSandboxResponse
-	nil,                             // 35: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),   // 36: google.protobuf.Timestamp
-	(*anypb.Any)(nil),               // 37: google.protobuf.Any
-	(*emptypb.Empty)(nil),           // 38: google.protobuf.Empty
+	(*CorrectTimeRequest)(nil),      // 23: microvm.agent.v1.CorrectTimeRequest
+	(*EventsRequest)(nil),           // 24: microvm.agent.v1.EventsRequest
+	(*Event)(nil),                   // 25: microvm.agent.v1.Event
+	(*OOMKill)(nil),                 // 26: microvm.agent.v1.OOMKill
+	(*Network)(nil),                 // 27: microvm.agent.v1.Network
+	(*Interface)(nil),               // 28: microvm.agent.v1.Interface
+	(*Address)(nil),                 // 29: microvm.agent.v1.Address
+	(*Route)(nil),                   // 30: microvm.agent.v1.Route
+	(*NextHop)(nil),                 // 31: microvm.agent.v1.NextHop
+	(*Neighbour)(nil),               // 32: microvm.agent.v1.Neighbour
+	(*ForwardRequest)(nil),          // 33: microvm.agent.v1.ForwardRequest
+	(*ResizeSandboxRequest)(nil),    // 34: microvm.agent.v1.ResizeSandboxRequest
+	(*ResizeSandboxResponse)(nil),   // 35: microvm.agent.v1.ResizeSandboxResponse
+	nil,                             // 36: microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),   // 37: google.protobuf.Timestamp
+	(*anypb.Any)(nil),               // 38: google.protobuf.Any
+	(*emptypb.Empty)(nil),           // 39: google.protobuf.Empty
 }
 var file_agent_proto_depIdxs = []int32{
-	35, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	36, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
-	26, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
+	36, // 0: microvm.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> microvm.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	37, // 1: microvm.agent.v1.ConfigureSandboxRequest.time:type_name -> google.protobuf.Timestamp
+	27, // 2: microvm.agent.v1.ConfigureSandboxRequest.network:type_name -> microvm.agent.v1.Network
 	3,  // 3: microvm.agent.v1.CreateContainerRequest.streams:type_name -> microvm.agent.v1.Streams
 	6,  // 4: microvm.agent.v1.CreateContainerRequest.storages:type_name -> microvm.agent.v1.Storage
 	8,  // 5: microvm.agent.v1.CreateContainerRequest.block_devices:type_name -> microvm.agent.v1.BlockDevice
 	5,  // 6: microvm.agent.v1.CreateContainerRequest.pid_namespace:type_name -> microvm.agent.v1.PIDNamespace
 	7,  // 7: microvm.agent.v1.Storage.directories:type_name -> microvm.agent.v1.Directory
 	3,  // 8: microvm.agent.v1.CreateExecRequest.streams:type_name -> microvm.agent.v1.Streams
-	36, // 9: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	37, // 9: microvm.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
 	20, // 10: microvm.agent.v1.ListProcessesResponse.processes:type_name -> microvm.agent.v1.ProcessEntry
-	37, // 11: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
-	36, // 12: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
-	25, // 13: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
-	27, // 14: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
-	29, // 15: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
-	31, // 16: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
-	28, // 17: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
-	30, // 18: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
-	0,  // 19: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
-	2,  // 20: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
-	4,  // 21: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
-	12, // 22: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
-	13, // 23: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
-	13, // 24: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
-	16, // 25: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
-	17, // 26: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
-	13, // 27: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
-	10, // 28: microvm.agent.v1.Agent.RemoveDevice:input_type -> microvm.agent.v1.RemoveDeviceRequest
-	9,  // 29: microvm.agent.v1.Agent.VolumeChanged:input_type -> microvm.agent.v1.VolumeRequest
-	18, // 30: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
-	18, // 31: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
-	18, // 32: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
-	21, // 33: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
-	18, // 34: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
-	38, // 35: microvm.agent.v1.Agent.SandboxStats:input_type -> google.protobuf.Empty
-	26, // 36: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
-	32, // 37: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
-	23, // 38: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
-	33, // 39: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
-	38, // 40: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
-	1,  // 41: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
-	38, // 42: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
-	11, // 43: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
-	38, // 44: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
-	14, // 45: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
-	15, // 46: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
-	38, // 47: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
-	38, // 48: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
-	38, // 49: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
-	38, // 50: microvm.agent.v1.Agent.RemoveDevice:output_type -> google.protobuf.Empty
-	38, // 51: microvm.agent.v1.Agent.VolumeChanged:output_type -> google.protobuf.Empty
-	19, // 52: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
-	38, // 53: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
-	38, // 54: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
-	38, // 55: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
-	22, // 56: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	22, // 57: microvm.agent.v1.Agent.SandboxStats:output_type -> microvm.agent.v1.ContainerStatsResponse
-	38, // 58: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
-	38, // 59: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
-	24, // 60: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
-	34, // 61: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
-	38, // 62: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
-	41, // [41:63] is the sub-list for method output_type
-	19, // [19:41] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	38, // 11: microvm.agent.v1.ContainerStatsResponse.metrics:type_name -> google.protobuf.Any
+	37, // 12: microvm.agent.v1.CorrectTimeRequest.earliest:type_name -> google.protobuf.Timestamp
+	37, // 13: microvm.agent.v1.CorrectTimeRequest.latest:type_name -> google.protobuf.Timestamp
+	37, // 14: microvm.agent.v1.Event.timestamp:type_name -> google.protobuf.Timestamp
+	26, // 15: microvm.agent.v1.Event.oom_kill:type_name -> microvm.agent.v1.OOMKill
+	28, // 16: microvm.agent.v1.Network.interfaces:type_name -> microvm.agent.v1.Interface
+	30, // 17: microvm.agent.v1.Network.routes:type_name -> microvm.agent.v1.Route
+	32, // 18: microvm.agent.v1.Network.neighbours:type_name -> microvm.agent.v1.Neighbour
+	29, // 19: microvm.agent.v1.Interface.addresses:type_name -> microvm.agent.v1.Address
+	31, // 20: microvm.agent.v1.Route.hops:type_name -> microvm.agent.v1.NextHop
+	0,  // 21: microvm.agent.v1.Agent.Info:input_type -> microvm.agent.v1.InfoRequest
+	2,  // 22: microvm.agent.v1.Agent.ConfigureSandbox:input_type -> microvm.agent.v1.ConfigureSandboxRequest
+	4,  // 23: microvm.agent.v1.Agent.CreateContainer:input_type -> microvm.agent.v1.CreateContainerRequest
+	12, // 24: microvm.agent.v1.Agent.CreateExec:input_type -> microvm.agent.v1.CreateExecRequest
+	13, // 25: microvm.agent.v1.Agent.StartProcess:input_type -> microvm.agent.v1.ProcessRequest
+	13, // 26: microvm.agent.v1.Agent.WaitProcess:input_type -> microvm.agent.v1.ProcessRequest
+	16, // 27: microvm.agent.v1.Agent.SignalProcess:input_type -> microvm.agent.v1.SignalProcessRequest
+	17, // 28: microvm.agent.v1.Agent.ResizePty:input_type -> microvm.agent.v1.ResizePtyRequest
+	13, // 29: microvm.agent.v1.Agent.DeleteProcess:input_type -> microvm.agent.v1.ProcessRequest
+	10, // 30: microvm.agent.v1.Agent.RemoveDevice:input_type -> microvm.agent.v1.RemoveDeviceRequest
+	9,  // 31: microvm.agent.v1.Agent.VolumeChanged:input_type -> microvm.agent.v1.VolumeRequest
+	18, // 32: microvm.agent.v1.Agent.ListProcesses:input_type -> microvm.agent.v1.ContainerRequest
+	18, // 33: microvm.agent.v1.Agent.PauseContainer:input_type -> microvm.agent.v1.ContainerRequest
+	18, // 34: microvm.agent.v1.Agent.ResumeContainer:input_type -> microvm.agent.v1.ContainerRequest
+	21, // 35: microvm.agent.v1.Agent.UpdateContainer:input_type -> microvm.agent.v1.UpdateContainerRequest
+	18, // 36: microvm.agent.v1.Agent.ContainerStats:input_type -> microvm.agent.v1.ContainerRequest
+	39, // 37: microvm.agent.v1.Agent.SandboxStats:input_type -> google.protobuf.Empty
+	27, // 38: microvm.agent.v1.Agent.UpdateNetwork:input_type -> microvm.agent.v1.Network
+	33, // 39: microvm.agent.v1.Agent.Forward:input_type -> microvm.agent.v1.ForwardRequest
+	39, // 40: microvm.agent.v1.Agent.NoteTime:input_type -> google.protobuf.Empty
+	23, // 41: microvm.agent.v1.Agent.CorrectTime:input_type -> microvm.agent.v1.CorrectTimeRequest
+	24, // 42: microvm.agent.v1.Agent.Events:input_type -> microvm.agent.v1.EventsRequest
+	34, // 43: microvm.agent.v1.Agent.ResizeSandbox:input_type -> microvm.agent.v1.ResizeSandboxRequest
+	39, // 44: microvm.agent.v1.Agent.Shutdown:input_type -> google.protobuf.Empty
+	1,  // 45: microvm.agent.v1.Agent.Info:output_type -> microvm.agent.v1.InfoResponse
+	39, // 46: microvm.agent.v1.Agent.ConfigureSandbox:output_type -> google.protobuf.Empty
+	11, // 47: microvm.agent.v1.Agent.CreateContainer:output_type -> microvm.agent.v1.CreateProcessResponse
+	39, // 48: microvm.agent.v1.Agent.CreateExec:output_type -> google.protobuf.Empty
+	14, // 49: microvm.agent.v1.Agent.StartProcess:output_type -> microvm.agent.v1.StartProcessResponse
+	15, // 50: microvm.agent.v1.Agent.WaitProcess:output_type -> microvm.agent.v1.WaitProcessResponse
+	39, // 51: microvm.agent.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
+	39, // 52: microvm.agent.v1.Agent.ResizePty:output_type -> google.protobuf.Empty
+	39, // 53: microvm.agent.v1.Agent.DeleteProcess:output_type -> google.protobuf.Empty
+	39, // 54: microvm.agent.v1.Agent.RemoveDevice:output_type -> google.protobuf.Empty
+	39, // 55: microvm.agent.v1.Agent.VolumeChanged:output_type -> google.protobuf.Empty
+	19, // 56: microvm.agent.v1.Agent.ListProcesses:output_type -> microvm.agent.v1.ListProcessesResponse
+	39, // 57: microvm.agent.v1.Agent.PauseContainer:output_type -> google.protobuf.Empty
+	39, // 58: microvm.agent.v1.Agent.ResumeContainer:output_type -> google.protobuf.Empty
+	39, // 59: microvm.agent.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
+	22, // 60: microvm.agent.v1.Agent.ContainerStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	22, // 61: microvm.agent.v1.Agent.SandboxStats:output_type -> microvm.agent.v1.ContainerStatsResponse
+	39, // 62: microvm.agent.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
+	39, // 63: microvm.agent.v1.Agent.Forward:output_type -> google.protobuf.Empty
+	39, // 64: microvm.agent.v1.Agent.NoteTime:output_type -> google.protobuf.Empty
+	39, // 65: microvm.agent.v1.Agent.CorrectTime:output_type -> google.protobuf.Empty
+	25, // 66: microvm.agent.v1.Agent.Events:output_type -> microvm.agent.v1.Event
+	35, // 67: microvm.agent.v1.Agent.ResizeSandbox:output_type -> microvm.agent.v1.ResizeSandboxResponse
+	39, // 68: microvm.agent.v1.Agent.Shutdown:output_type -> google.protobuf.Empty
+	45, // [45:69] is the sub-list for method output_type
+	21, // [21:45] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -2543,7 +2607,7 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[24].OneofWrappers = []any{
+	file_agent_proto_msgTypes[25].OneofWrappers = []any{
 		(*Event_OomKill)(nil),
 	}
 	type x struct{}
@@ -2552,7 +2616,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   36,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

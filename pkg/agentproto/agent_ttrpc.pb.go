@@ -28,6 +28,8 @@ type AgentService interface {
 	SandboxStats(context.Context, *emptypb.Empty) (*ContainerStatsResponse, error)
 	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
 	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
+	NoteTime(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
+	CorrectTime(context.Context, *CorrectTimeRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest, Agent_EventsServer) error
 	ResizeSandbox(context.Context, *ResizeSandboxRequest) (*ResizeSandboxResponse, error)
 	Shutdown(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
@@ -182,6 +184,20 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 				}
 				return svc.Forward(ctx, &req)
 			},
+			"NoteTime": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req emptypb.Empty
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.NoteTime(ctx, &req)
+			},
+			"CorrectTime": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req CorrectTimeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.CorrectTime(ctx, &req)
+			},
 			"ResizeSandbox": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ResizeSandboxRequest
 				if err := unmarshal(&req); err != nil {
@@ -233,6 +249,8 @@ type AgentClient interface {
 	SandboxStats(context.Context, *emptypb.Empty) (*ContainerStatsResponse, error)
 	UpdateNetwork(context.Context, *Network) (*emptypb.Empty, error)
 	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
+	NoteTime(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
+	CorrectTime(context.Context, *CorrectTimeRequest) (*emptypb.Empty, error)
 	Events(context.Context, *EventsRequest) (Agent_EventsClient, error)
 	ResizeSandbox(context.Context, *ResizeSandboxRequest) (*ResizeSandboxResponse, error)
 	Shutdown(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
@@ -395,6 +413,22 @@ func (c *agentClient) UpdateNetwork(ctx context.Context, req *Network) (*emptypb
 func (c *agentClient) Forward(ctx context.Context, req *ForwardRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "Forward", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) NoteTime(ctx context.Context, req *emptypb.Empty) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "NoteTime", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) CorrectTime(ctx context.Context, req *CorrectTimeRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "microvm.agent.v1.Agent", "CorrectTime", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

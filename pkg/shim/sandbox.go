@@ -186,6 +186,7 @@ func (s *sandbox) start(ctx context.Context, c sandboxConfig) (err error) {
 		return err
 	}
 	go s.watchOOM(c.onOOM)
+	go keepTime(s.agent)
 	go s.monitor(s.placed)
 	log.L.WithFields(log.Fields{
 		"vmm": s.vm.Pid(), "kernel": s.info.KernelRelease, "agent": s.info.Version, "took": time.Since(begin).Round(time.Millisecond).String(),

@@ -93,13 +93,14 @@ var methods = []method{
 		}
 		return err
 	}},
+	{"CompareTime", func(_ testing.TB, ctx context.Context, c *Client) error { return c.CompareTime(ctx) }},
 	{"Shutdown", func(_ testing.TB, ctx context.Context, c *Client) error { return c.Shutdown(ctx) }},
 	{"OOMKills", func(_ testing.TB, ctx context.Context, c *Client) error { return c.OOMKills(ctx, func(string) {}) }},
 }
 
 // unbounded are the methods that wait for the guest as long as it takes, or as
 // long as the caller says.
-var unbounded = map[string]bool{"WaitProcess": true, "OOMKills": true, "Shutdown": true}
+var unbounded = map[string]bool{"WaitProcess": true, "OOMKills": true, "CompareTime": true, "Shutdown": true}
 
 func wantPid(t testing.TB, pid uint32, err error) error {
 	t.Helper()
