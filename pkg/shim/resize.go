@@ -32,6 +32,9 @@ type resizer struct {
 
 	turn chan struct{} // held by the change in progress; protects the rest
 	now  size          // what was last asked for
+	// sure says that VMM and guest have answered to that. One that has not may do it
+	// later, or not at all.
+	sure bool
 	// reached is what came of it, for those who do not wait for the turn.
 	reached atomic.Pointer[size]
 	// pod is what the pod may use as a whole, containers that are still to come
@@ -58,7 +61,7 @@ func newResizer(c *config.Config, h *host, l limits,
 		r.pod = l.usage()
 	}
 	r.booted = r.fit(l.usage())
-	r.now = r.booted
+	r.now, r.sure = r.booted, true
 	r.reached.Store(&r.booted)
 	return r
 }
@@ -72,6 +75,9 @@ func (r *resizer) take(ctx context.Context) error {
 		return fmt.Errorf("resize the sandbox: %w", context.Cause(ctx))
 	}
 }
+
+// pass gives the turn to the next change.
+func (r *resizer) pass() { <-r.turn }
 
 // wanted is the size for all that is in the sandbox.
 func (r *resizer) wanted() size {
@@ -88,7 +94,7 @@ func (r *resizer) come(ctx context.Context, id string, l limits) {
 	if err := r.take(ctx); err != nil {
 		return // whoever gave the context up sees it next
 	}
-	defer func() { <-r.turn }()
+	defer r.pass()
 	r.containers[id] = l
 	if err := r.grow(ctx, r.wanted()); err != nil {
 		log.L.WithError(err).Warnf("container %s may not get all that it is allowed to use", id)
@@ -102,9 +108,9 @@ func (r *resizer) change(ctx context.Context, id string, resources *specs.LinuxR
 	if err := r.take(ctx); err != nil {
 		return err
 	}
-	defer func() { <-r.turn }()
 	old, known := r.containers[id]
 	if !known {
+		defer r.pass()
 		return apply() // one that counts for nothing
 	}
 	pod := r.pod
@@ -123,15 +129,15 @@ func (r *resizer) setPod(ctx context.Context, pod usage) error {
 	if err := r.take(ctx); err != nil {
 		return err
 	}
-	defer func() { <-r.turn }()
 	oldPod, oldTold := r.pod, r.told
 	r.pod, r.told = pod, true
 	return r.adapt(ctx, func() error { return nil }, func() { r.pod, r.told = oldPod, oldTold })
 }
 
 // adapt has the machine follow what is wanted now: it grows before apply, and
-// shrinks after it. If one of them fails, undo takes back what was wanted, and
-// the machine gets back to the size that it had.
+// shrinks after it; then it passes the turn on. If one of them fails, undo takes
+// back what was wanted, and the machine gets back to the size that it had. Who has
+// waited for one that does not answer does not wait for that, too.
 func (r *resizer) adapt(ctx context.Context, apply func() error, undo func()) error {
 	before, want := r.now, r.wanted()
 	err := r.grow(ctx, want)
@@ -142,7 +148,15 @@ func (r *resizer) adapt(ctx context.Context, apply func() error, undo func()) er
 		undo()
 		want = before
 	}
-	r.shrink(want)
+	shrink := func() {
+		defer r.pass()
+		r.shrink(want)
+	}
+	if r.sure {
+		shrink()
+	} else {
+		go shrink()
+	}
 	return err
 }
 
@@ -151,7 +165,7 @@ func (r *resizer) adapt(ctx context.Context, apply func() error, undo func()) er
 func (r *resizer) gone(id string) {
 	go func() {
 		r.turn <- struct{}{}
-		defer func() { <-r.turn }()
+		defer r.pass()
 		delete(r.containers, id)
 		if len(r.containers) > 0 {
 			r.shrink(r.wanted())
@@ -163,7 +177,7 @@ func (r *resizer) gone(id string) {
 // that it is not.
 func (r *resizer) grow(ctx context.Context, want size) error {
 	want = size{max(want.vcpus, r.now.vcpus), max(want.memory, r.now.memory)}
-	if want == r.now {
+	if r.sure && want == r.now {
 		return nil
 	}
 	cpus, memory, err := r.set(ctx, want)
@@ -183,7 +197,7 @@ func (r *resizer) grow(ctx context.Context, want size) error {
 // shrink asks for a smaller machine. The guest gives back what it can.
 func (r *resizer) shrink(want size) {
 	want = size{min(want.vcpus, r.now.vcpus), min(want.memory, r.now.memory)}
-	if want == r.now {
+	if r.sure && want == r.now {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), shrinkTime)
@@ -200,17 +214,21 @@ func (r *resizer) shrink(want size) {
 // of processors the guest's count, of memory the VMM's.
 func (r *resizer) set(ctx context.Context, want size) (cpus int, memory uint64, err error) {
 	machine := control.Size{VCPUs: want.vcpus, MemoryBytes: want.memory}
+	// From here on it may have that, at any time, also if nobody answers: the VMM
+	// does one request after the other, and none is taken back but by the next.
+	r.now, r.sure = want, false
 	if _, err := r.vmm(ctx, machine); err != nil {
 		return 0, 0, err
 	}
-	r.now = want // what the guest works on from here on, whatever comes of it
 	cpus, err = r.agent(ctx, want.vcpus, want.memory-min(want.memory, r.booted.memory))
 	if err != nil {
 		return 0, 0, err
 	}
 	now, err := r.vmm(ctx, machine)
-	if err == nil {
-		r.reached.Store(&size{cpus, now.MemoryBytes})
+	if err != nil {
+		return 0, 0, err
 	}
-	return cpus, now.MemoryBytes, err
+	r.sure = true
+	r.reached.Store(&size{cpus, now.MemoryBytes})
+	return cpus, now.MemoryBytes, nil
 }

@@ -111,6 +111,12 @@ func (r *resizer) settle(id string) {
 	}
 }
 
+// rest waits until no change is in progress.
+func (r *resizer) rest() {
+	r.turn <- struct{}{}
+	r.pass()
+}
+
 func TestResizeAsContainersComeAndGo(t *testing.T) {
 	r, f := newTestResizer(own(1, 1024))
 	if r.booted != (size{1, 1152 * mib}) {
@@ -214,6 +220,7 @@ func TestResizeFails(t *testing.T) {
 		if want := test.name == "no update"; did != want {
 			t.Errorf("%s: applied %v", test.name, did)
 		}
+		r.rest()
 		if got := f.did(); got != test.want {
 			t.Errorf("%s: %q, want %q", test.name, got, test.want)
 		}
@@ -243,6 +250,120 @@ func TestShrinkIsAsGoodAsItGets(t *testing.T) {
 	f.agentError = errors.New("busy")
 	if err := r.change(t.Context(), "a", resources(1, 100), func() error { return nil }); err != nil {
 		t.Error(err)
+	}
+}
+
+// lateVMM does what it is asked in order, but gets to some of it when nobody waits
+// for the answer any more.
+type lateVMM struct {
+	*fakeSandbox
+	late bool // with the next request
+	todo []control.Size
+}
+
+func (v *lateVMM) vmm(ctx context.Context, s control.Size) (control.Size, error) {
+	if v.late {
+		v.late, v.todo = false, append(v.todo, s)
+		return control.Size{}, errHangs
+	}
+	v.catchUp()
+	return v.fakeSandbox.vmm(ctx, s)
+}
+
+func (v *lateVMM) catchUp() {
+	for _, s := range v.todo {
+		v.fakeSandbox.vmm(context.Background(), s)
+	}
+	v.todo = nil
+}
+
+// The machine ends with the size that the containers were told of, also if it does
+// what was asked of it too late.
+func TestResizeAnsweredLate(t *testing.T) {
+	start := func() (*resizer, *lateVMM) {
+		r, f := newTestResizer(own(0, 0))
+		v := &lateVMM{fakeSandbox: f}
+		r.vmm = v.vmm
+		r.come(t.Context(), "a", own(0, 0))
+		return r, v
+	}
+	change := func(r *resizer, cpus, mebibytes int64) error {
+		t.Helper()
+		err := r.change(t.Context(), "a", resources(cpus, mebibytes), func() error { return nil })
+		r.rest()
+		return err
+	}
+	has := func(v *lateVMM, vcpus int, mebibytes uint64) {
+		t.Helper()
+		v.catchUp()
+		if v.now.VCPUs != vcpus || v.now.MemoryBytes != mebibytes*mib {
+			t.Errorf("the machine has %d/%d, want %d/%d", v.now.VCPUs, v.now.MemoryBytes/mib, vcpus, mebibytes)
+		}
+	}
+
+	r, v := start()
+	v.late = true
+	if err := change(r, 4, 2048); !errors.Is(err, errHangs) {
+		t.Errorf("growing: %v", err)
+	}
+	has(v, 1, 512)
+
+	r, v = start()
+	if err := change(r, 4, 2048); err != nil {
+		t.Fatal(err)
+	}
+	v.late = true
+	if err := change(r, 1, 256); err != nil {
+		t.Errorf("shrinking: %v", err)
+	}
+	if err := change(r, 4, 2048); err != nil {
+		t.Errorf("growing again: %v", err)
+	}
+	has(v, 4, 2176)
+
+	// Who has waited long enough does not wait for what is taken back.
+	r, v = start()
+	answers := make(chan struct{})
+	r.vmm = func(ctx context.Context, s control.Size) (control.Size, error) {
+		if s.VCPUs == 4 {
+			return control.Size{}, errHangs
+		}
+		<-answers
+		return v.vmm(ctx, s)
+	}
+	if err := r.change(t.Context(), "a", resources(4, 2048), func() error { return nil }); !errors.Is(err, errHangs) {
+		t.Errorf("growing: %v", err)
+	}
+	close(answers)
+	r.rest()
+	has(v, 1, 512)
+}
+
+// A guest that has not answered is asked again before somebody is told that he has
+// got what it was asked for.
+func TestResizeNotAnsweredByTheGuest(t *testing.T) {
+	r, f := newTestResizer(own(0, 0))
+	f.agentError = errors.New("busy")
+	r.come(t.Context(), "a", own(4, 2048))
+	update := func() error {
+		err := r.change(t.Context(), "a", resources(4, 2048), func() error { f.note("update"); return nil })
+		r.rest()
+		return err
+	}
+	if err := update(); !errors.Is(err, f.agentError) {
+		t.Errorf("update: %v", err)
+	}
+	if got := f.did(); got != "vmm 4/2176" {
+		t.Error(got)
+	}
+	f.agentError = nil
+	for _, want := range []string{"vmm 4/2176, agent 4/+1664, update", "update"} {
+		if err := update(); err != nil {
+			t.Error(err)
+		}
+		if got := f.did(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
 

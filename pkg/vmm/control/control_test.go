@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -487,4 +488,45 @@ func FuzzReceive(f *testing.F) {
 		v.dispatch(m, files)
 		closeAll(files)
 	})
+}
+
+// TestOrderOfResizes puts several into the socket before the VMM reads: it does
+// them in their order, as the shim counts on the last one. What else it is asked for
+// does not wait for them.
+func TestOrderOfResizes(t *testing.T) {
+	v, theirs, read := hostileVMM(t)
+	const last = 20
+	for i := range last {
+		if err := v.conn.send(t.Context(), message{ID: uint64(i + 1), Method: methodResize}, Size{VCPUs: i + 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v.nextID = last
+	began, paused := make(chan int, last), make(chan struct{})
+	var served sync.WaitGroup
+	served.Go(func() {
+		s := Server{conn: theirs}
+		s.Serve(Handler{
+			Pause: func() error { close(paused); return nil },
+			Resize: func(want Size) (Size, error) {
+				began <- want.VCPUs
+				if want.VCPUs == last {
+					<-paused
+				}
+				return want, nil
+			},
+		})
+	})
+	for i := range last {
+		if n := <-began; n != i+1 {
+			t.Errorf("resize %d was done as number %d", n, i+1)
+		}
+	}
+	if err := v.Pause(t.Context()); err != nil {
+		t.Error(err)
+	}
+	v.conn.unix.Close()
+	served.Wait()
+	theirs.unix.Close()
+	read.Wait()
 }

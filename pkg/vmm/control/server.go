@@ -82,7 +82,7 @@ func (s *Server) ReplyBoot(r *BootRequest, err error) error {
 }
 
 // Handler is what the machine does for a request after boot. The functions may
-// be called concurrently.
+// be called concurrently, but for Resize: of two sizes the later one counts.
 type Handler struct {
 	// Dial connects to a guest port and returns the end of the connection to
 	// give away.
@@ -108,6 +108,8 @@ type Handler struct {
 func (s *Server) Serve(h Handler) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	resized := make(chan struct{}) // closed when the last resize is done
+	close(resized)
 	buf, oob := scratch()
 	for {
 		m, files, err := s.conn.receive(buf, oob)
@@ -120,7 +122,19 @@ func (s *Server) Serve(h Handler) error {
 		if m.Method != methodAttach {
 			closeAll(files) // no other request after boot carries any
 		}
-		go s.handle(ctx, h, m, files)
+		if m.Method != methodResize {
+			go s.handle(ctx, h, m, files)
+			continue
+		}
+		// The shim may have given up the one before, and want back what it asked
+		// for. Of two goroutines either may come first.
+		before, done := resized, make(chan struct{})
+		resized = done
+		go func() {
+			defer close(done)
+			<-before
+			s.handle(ctx, h, m, files)
+		}()
 	}
 }
 
