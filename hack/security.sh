@@ -65,6 +65,7 @@ host_promises() {
 		pkg/vmm/virtio/pmem TestHostileDriver FuzzHostileDriver FuzzRequest TestResetDuringFlush
 		pkg/vmm/virtio/rng TestHostileDriver FuzzHostileDriver FuzzChain TestResetInFlight
 		pkg/vmm/virtio/vsock TestHostileDriver FuzzHostileDriver FuzzTransmit TestReset
+		pkg/vmm TestDetachWaits TestEndWhileDetachWaits
 		= No access to a register does: configuration space, BARs, MSI-X, doorbells, ports
 		pkg/vmm TestNothingThere FuzzGuestAccess TestHotplugHostile
 		pkg/vmm/pci TestOddWrites FuzzBus

@@ -4,12 +4,18 @@ import (
 	"bytes"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
+	"github.com/microvm-runtime/microvm/pkg/vmm/pci"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/rng"
 )
 
@@ -207,5 +213,146 @@ func TestHotplugAtTheEnd(t *testing.T) {
 		if _, err := m.Attach(rng.New(rand.Reader)); err == nil {
 			t.Error("a device was attached to a machine that has ended")
 		}
+	}
+}
+
+// slowDevice has something under way on the host until it is released.
+type slowDevice struct {
+	*rng.Device
+	waits    chan struct{} // gets a value when a reset waits
+	released chan struct{}
+}
+
+func newSlowDevice() slowDevice {
+	return slowDevice{rng.New(rand.Reader), make(chan struct{}, 4), make(chan struct{})}
+}
+
+func (d slowDevice) Reset() {
+	d.waits <- struct{}{}
+	<-d.released
+	d.Device.Reset()
+}
+
+// inVain is how long the next two tests wait for what may not have to wait.
+const inVain = 30 * time.Second
+
+// TestDetachWaits detaches a device that takes its time: whatever else is wanted of
+// the machine goes on.
+func TestDetachWaits(t *testing.T) {
+	for name, code := range map[string][]byte{
+		"for the device": {},
+		// A vCPU is in the device, then.
+		"for the guest's reset": bytes.Join([][]byte{
+			mapPCI(), waitOnes(pluggedConfig, false), store32(pluggedConfig+4, 2), store8(pluggedBAR+0x14, 0),
+		}, nil),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := tinyConfig(t, code, tinySpin)
+			c.MaxVCPUs = 2
+			m := start(t, c)
+			slow := newSlowDevice()
+			at, err := m.Attach(slow)
+			if err != nil || at != pluggedAt {
+				t.Fatalf("%s, %v", at, err)
+			}
+			if len(code) > 0 {
+				<-slow.waits
+			}
+			var detaching sync.WaitGroup
+			detaching.Go(func() {
+				if err := m.Detach(at); err != nil {
+					t.Error(err)
+				}
+			})
+			if len(code) == 0 {
+				<-slow.waits
+			} else {
+				// Its configuration space says that the BAR is no more, but it waits.
+				ecam := m.mappings[slices.IndexFunc(m.mappings, func(p *mapping) bool { return len(p.bytes()) == pci.ECAMSize })].bytes()
+				waitFor(t, "the device to leave", func() bool { return ecam[pluggedConfig-ecamAddr+4]&2 == 0 })
+			}
+
+			others := make(chan error, 1)
+			go func() {
+				others <- func() error {
+					if err := m.StartVCPUs(2); err != nil {
+						return err
+					}
+					if _, err := m.VCPUStats(); err != nil {
+						return err
+					}
+					other, err := m.Attach(rng.New(rand.Reader))
+					if err != nil {
+						return err
+					}
+					if other == at {
+						t.Errorf("two devices at %s", at)
+					}
+					file, err := m.AttachPmem(tempFile(t, []byte("contents")))
+					return errors.Join(err, m.Detach(other), m.Detach(file))
+				}()
+			}()
+			select {
+			case err := <-others:
+				if err != nil {
+					t.Error(err)
+				}
+				if err := m.Detach(at); err == nil {
+					t.Error("a device was detached twice")
+				}
+			case <-time.After(inVain):
+				t.Error("others wait, too")
+			}
+			close(slow.released)
+			detaching.Wait()
+			if next, err := m.Attach(rng.New(rand.Reader)); next != at || err != nil {
+				t.Errorf("the next device is at %s, %v", next, err)
+			}
+		})
+	}
+}
+
+// TestEndWhileDetachWaits: the machine's end does not wait for a device either, which
+// has its memory until it is done.
+func TestEndWhileDetachWaits(t *testing.T) {
+	m, err := New(tinyConfig(t, tinySpin))
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow := newSlowDevice()
+	at, err := m.Attach(slow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := m.memory.Slice(memory.GuestAddress(tinyCounter), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var detaching, running sync.WaitGroup
+	detaching.Go(func() {
+		if err := m.Detach(at); err != nil {
+			t.Error(err)
+		}
+	})
+	<-slow.waits
+	ended := make(chan struct{})
+	running.Go(func() {
+		defer close(ended)
+		if exit, err := m.Run(); exit.Reason != ExitStopped || err != nil {
+			t.Errorf("exit %+v, %v", exit, err)
+		}
+	})
+	m.Stop()
+	select {
+	case <-ended:
+		b[0]++
+	case <-time.After(inVain):
+		t.Error("the end waits, too")
+	}
+	close(slow.released)
+	detaching.Wait()
+	running.Wait()
+	if err := unix.Madvise(m.mappings[0].bytes(), unix.MADV_NORMAL); !errors.Is(err, unix.ENOMEM) {
+		t.Errorf("the machine's memory is still there: %v", err)
 	}
 }

@@ -102,7 +102,8 @@ type Machine struct {
 	ended chan struct{} // closed when exit is set
 	acks  chan struct{} // a vCPU parked or ended
 
-	plug sync.Mutex // serialises Attach, Detach, the making of vCPUs, and close
+	plug  sync.Mutex // serialises Attach, the ends of Detach, the making of vCPUs, and close
+	users int        // of what release gives back; changed with plug held
 
 	mu       sync.Mutex                           // protects what follows and the vCPUs' tid and parked
 	devices  map[pci.Address]*virtiopci.Transport // changed with plug held, too
@@ -129,6 +130,7 @@ func New(c Config) (_ *Machine, err error) {
 		devices: make(map[pci.Address]*virtiopci.Transport),
 		ended:   make(chan struct{}),
 		acks:    make(chan struct{}, 1),
+		users:   1,
 	}
 	m.resumed = sync.NewCond(&m.mu)
 	defer func() {
@@ -308,44 +310,48 @@ func (m *Machine) Attach(d virtio.Device) (address string, err error) {
 // Detach takes a device of Config.Devices, or an attached one, off the bus, and
 // what AttachPmem has mapped out of the guest's memory. The
 // guest should have let go of it before: to one that has not it is a device that
-// answers with ones. When Detach returns, nothing of the machine uses the device
-// any more; its address will be another's.
+// answers with ones. It waits for what the device has under way on the host, as
+// long as that lasts; nothing else does, not even the end of the machine. When Detach
+// returns, nothing of the machine uses the device any more; its address will be
+// another's.
 func (m *Machine) Detach(address string) error {
-	m.plug.Lock()
-	defer m.plug.Unlock()
-	if m.hasEnded() {
-		return errEnded
-	}
-	addr, t := m.deviceAt(address)
-	if t == nil {
-		return fmt.Errorf("there is no virtio device at %q", address)
-	}
-	// The doorbells go with the BAR. A vCPU may be on its way to the device; the
-	// transport stops it there.
-	if err := m.pci.Remove(addr); err != nil {
+	addr, t, err := m.leave(address)
+	if err != nil {
 		return err
 	}
+	// The doorbells go with the BAR. A vCPU may be on its way to the device; the
+	// transport stops it there. Both wait for a vCPU that resets the device, too.
+	err = m.pci.Remove(addr)
 	t.Remove()
-	m.mu.Lock()
-	delete(m.devices, addr)
-	m.mu.Unlock()
+	m.plug.Lock()
+	defer m.plug.Unlock()
+	m.pci.Free(addr)
 	for _, w := range m.pmem {
 		if w.device != nil && t.Device == virtio.Device(w.device) {
-			return m.emptyPmem(w)
+			err = errors.Join(err, m.emptyPmem(w))
 		}
 	}
-	return nil
+	return errors.Join(err, m.release())
 }
 
-func (m *Machine) deviceAt(address string) (pci.Address, *virtiopci.Transport) {
+// leave is the first part of Detach: the device is the caller's, with its place on
+// the bus and its memory.
+func (m *Machine) leave(address string) (pci.Address, *virtiopci.Transport, error) {
+	m.plug.Lock()
+	defer m.plug.Unlock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.want == wantEnded {
+		return pci.Address{}, nil, errEnded
+	}
 	for addr, t := range m.devices {
 		if addr.String() == address {
-			return addr, t
+			delete(m.devices, addr)
+			m.users++
+			return addr, t, nil
 		}
 	}
-	return pci.Address{}, nil
+	return pci.Address{}, nil, fmt.Errorf("there is no virtio device at %q", address)
 }
 
 func (m *Machine) hasEnded() bool {
@@ -391,7 +397,8 @@ func (m *Machine) reached(phase string) {
 	}
 }
 
-// Run runs the machine until it ends and takes it apart. The error is not nil
+// Run runs the machine until it ends and takes it apart, but for what a Detach
+// still waits for, which does the rest. The error is not nil
 // exactly when the reason is ExitError. Run is called once.
 func (m *Machine) Run() (Exit, error) {
 	m.mu.Lock()
@@ -549,9 +556,10 @@ func (m *Machine) VCPUStats() ([]VCPUStats, error) {
 	return stats, errs
 }
 
-// close gives back what New took. Nothing of the machine runs any more.
+// close gives back what New took. Nothing of the machine runs any more, but for
+// devices that are being detached.
 func (m *Machine) close() error {
-	// What is under way still uses all of it.
+	// Who holds it still uses all of it.
 	m.plug.Lock()
 	defer m.plug.Unlock()
 	var errs []error
@@ -561,14 +569,24 @@ func (m *Machine) close() error {
 	for _, v := range m.vcpus {
 		errs = append(errs, v.close())
 	}
+	if m.uart != nil {
+		m.uart.flush()
+	}
+	return errors.Join(append(errs, m.release())...)
+}
+
+// release gives back what devices use, when the last one has left: the virtual
+// machine and its memory. Called with plug held.
+func (m *Machine) release() error {
+	if m.users--; m.users > 0 {
+		return nil
+	}
+	var errs []error
 	if m.vm != nil {
 		errs = append(errs, m.vm.Close())
 	}
 	for _, p := range m.mappings {
 		errs = append(errs, p.unmap())
-	}
-	if m.uart != nil {
-		m.uart.flush()
 	}
 	return errors.Join(errs...)
 }

@@ -39,7 +39,7 @@ type Bus struct {
 	ecam      []byte
 	functions [maxDevices]atomic.Pointer[Function]
 
-	mu       sync.Mutex // serialises Add, mapAt, unmap and the end of Remove
+	mu       sync.Mutex // serialises Add, mapAt, unmap and Free
 	assigned []mapping  // where the BARs were put at first
 	mappings atomic.Pointer[[]mapping]
 }
@@ -147,7 +147,7 @@ func (b *Bus) place(size uint64, assigned []mapping) (start uint64, ok bool) {
 // Remove takes a function off the bus for good. When it returns the guest finds
 // nothing in its place, and its BARs are decoded nowhere: the handler's MapBAR
 // was told. Accesses of vCPUs that were under way may still reach the handler.
-// The device number and the BARs' ranges are free for the next function.
+// The place stays the function's until Free.
 func (b *Bus) Remove(a Address) error {
 	if a.Device >= maxDevices {
 		return fmt.Errorf("PCI bus has no device number %d", a.Device)
@@ -156,11 +156,16 @@ func (b *Bus) Remove(a Address) error {
 	if f == nil || !f.remove() {
 		return fmt.Errorf("there is no PCI function at %s", a)
 	}
+	return nil
+}
+
+// Free gives the place of a function that was removed to the next one: the device
+// number and the BARs' ranges.
+func (b *Bus) Free(a Address) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	f := b.functions[a.Device].Swap(nil)
 	b.assigned = slices.DeleteFunc(b.assigned, func(m mapping) bool { return m.function == f })
-	b.functions[a.Device].Store(nil)
-	return nil
 }
 
 // WriteConfig is the guest's write of p to the ECAM at offset.

@@ -440,6 +440,10 @@ func TestReuse(t *testing.T) {
 		if err := b.Remove(Address{Device: uint8(i)}); err != nil {
 			t.Fatal(err)
 		}
+		if _, err := b.Add(NewFunction(Identity{}, &fakeDevice{t: t})); err == nil {
+			t.Fatal("a place was given away before it was free")
+		}
+		b.Free(Address{Device: uint8(i)})
 		if a, bar := add(); int(a.Device) != i || bar != bars[i] {
 			t.Fatalf("round %d: %s with BAR 0 at %#x, want %d and %#x", round, a, bar, i, bars[i])
 		}
@@ -447,6 +451,7 @@ func TestReuse(t *testing.T) {
 	if err := b.Remove(Address{Device: 9}); err != nil {
 		t.Fatal(err)
 	}
+	b.Free(Address{Device: 9})
 	// A guest puts a BAR where the next one would go.
 	b.WriteConfig(8*deviceSize+offBARs, binary.LittleEndian.AppendUint32(nil, bars[9]))
 	b.WriteConfig(8*deviceSize+offCommand, []byte{commandMemory, 0})
@@ -509,6 +514,7 @@ func FuzzBus(f *testing.F) {
 				if err := h.bus.Remove(Address{}); err != nil {
 					t.Fatal(err)
 				}
+				h.bus.Free(Address{})
 				*h = *newHostOn(t, h.bus, ecam)
 			case 0:
 				h.bus.WriteConfig(h.base+offset, value)
