@@ -65,6 +65,11 @@ func newGuest(t testing.TB, code ...byte) *guest {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { vcpu.Close() })
+	for range 2 { // the second time does nothing
+		if err := vcpu.MapRun(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	cpuid, err := system.GetSupportedCPUID()
 	if err != nil {
 		t.Fatal(err)

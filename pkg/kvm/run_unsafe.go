@@ -5,8 +5,6 @@ import (
 	"unsafe"
 )
 
-func newVCPU(fd int, run []byte) *VCPU { return &VCPU{fd: fd, run: run} }
-
 // SetImmediateExit makes Run return unix.EINTR before it enters the guest,
 // until it is set to false. It may be called from any thread; one that wants a
 // vCPU out of the guest sets it and then sends the vCPU's thread a signal.

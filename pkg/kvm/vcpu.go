@@ -13,13 +13,29 @@ import (
 // them on a goroutine locked to its thread. Only SetImmediateExit and
 // GetStatsFD may be called from elsewhere.
 type VCPU struct {
-	fd  int
-	run []byte // struct kvm_run and what follows it in the mapping
+	fd       int
+	mmapSize int
+	run      []byte // struct kvm_run and what follows it in the mapping; nil: not mapped
+}
+
+// MapRun maps struct kvm_run, which Run and what tells of it need. Done once, it
+// does nothing.
+func (v *VCPU) MapRun() (err error) {
+	if v.run != nil {
+		return nil
+	}
+	if v.run, err = unix.Mmap(v.fd, 0, v.mmapSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		return fmt.Errorf("mmap of a vCPU: %w", err)
+	}
+	return nil
 }
 
 // Close closes the descriptor and its mapping.
 func (v *VCPU) Close() error {
-	err := unix.Munmap(v.run)
+	var err error
+	if v.run != nil {
+		err = unix.Munmap(v.run)
+	}
 	if cerr := unix.Close(v.fd); err == nil {
 		err = cerr
 	}

@@ -18,18 +18,14 @@ type VM struct {
 func (vm *VM) Close() error { return unix.Close(vm.fd) }
 
 // CreateVCPU is KVM_CREATE_VCPU; id becomes the APIC id. The caller owns the
-// VCPU and closes it.
+// VCPU and closes it; before it runs it calls MapRun. KVM makes no second one of an
+// id, also when the first is closed.
 func (vm *VM) CreateVCPU(id int) (*VCPU, error) {
 	fd, err := ioctl(vm.fd, reqCreateVCPU, uintptr(id))
 	if err != nil {
 		return nil, fmt.Errorf("KVM_CREATE_VCPU %d: %w", id, err)
 	}
-	run, err := unix.Mmap(fd, 0, vm.mmapSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("mmap of vCPU %d: %w", id, err)
-	}
-	return newVCPU(fd, run), nil
+	return &VCPU{fd: fd, mmapSize: vm.mmapSize}, nil
 }
 
 // SetUserMemoryRegion is KVM_SET_USER_MEMORY_REGION. The memory at

@@ -96,37 +96,48 @@ func (m *Machine) loadInitrd(file *os.File, lowest memory.GuestAddress, highest 
 }
 
 // createVCPU makes a processor in the state of the kernel's entry; all but the
-// first wait for their start-up IPI, which replaces it.
-func (m *Machine) createVCPU(id int, cpuid []kvm.CPUIDEntry, entry memory.GuestAddress) (_ *vcpu, err error) {
-	k, err := m.vm.CreateVCPU(id)
-	if err != nil {
-		return nil, err
-	}
-	v := &vcpu{m: m, id: id, kvm: k}
-	// The kernel may have no statistics; they only inform.
-	v.stats, _ = k.GetStatsFD()
-	defer func() {
+// first wait for their start-up IPI, which replaces it. If that fails half way, the
+// next call is to be for the same one and goes on with it: KVM makes no second one
+// with its id. Called with plug held.
+func (m *Machine) createVCPU(id int, cpuid []kvm.CPUIDEntry, entry memory.GuestAddress) (*vcpu, error) {
+	if m.halfMade == nil {
+		k, err := m.vm.CreateVCPU(id)
 		if err != nil {
-			err = errors.Join(fmt.Errorf("vCPU %d: %w", id, err), v.close())
+			return nil, err
 		}
-	}()
+		m.halfMade = &vcpu{m: m, id: id, kvm: k}
+		// The kernel may have no statistics; they only inform.
+		m.halfMade.stats, _ = k.GetStatsFD()
+	}
+	v := m.halfMade
+	if err := prepareVCPU(v.kvm, cpuid, entry); err != nil {
+		return nil, fmt.Errorf("vCPU %d: %w", id, err)
+	}
+	m.halfMade = nil
+	return v, nil
+}
+
+func prepareVCPU(k *kvm.VCPU, cpuid []kvm.CPUIDEntry, entry memory.GuestAddress) error {
+	if err := k.MapRun(); err != nil {
+		return err
+	}
 	// CPUID first: KVM refuses state that it does not allow for.
 	if err := k.SetCPUID2(cpuid); err != nil {
-		return nil, err
+		return err
 	}
 	if err := k.SetMSRs(entryMSRs); err != nil {
-		return nil, err
+		return err
 	}
 	sregs, err := k.GetSregs()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	boot.SetLongMode(&sregs, gdtAddr, pageTablesAddr)
 	if err := k.SetSregs(sregs); err != nil {
-		return nil, err
+		return err
 	}
 	if err := k.SetRegs(boot.EntryRegs(entry, bootParamsAddr)); err != nil {
-		return nil, err
+		return err
 	}
 	// KVM finds the receiver of an IPI in a map that it makes anew when an APIC
 	// changes. KVM_CREATE_VCPU does that before the new vCPU counts
@@ -134,12 +145,9 @@ func (m *Machine) createVCPU(id int, cpuid []kvm.CPUIDEntry, entry memory.GuestA
 	// start-up IPI would not find it.
 	lapic, err := k.GetLAPIC()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := k.SetLAPIC(lapic); err != nil {
-		return nil, err
-	}
-	return v, nil
+	return k.SetLAPIC(lapic)
 }
 
 // entryMSRs are what firmware would have set.

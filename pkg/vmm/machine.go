@@ -96,6 +96,7 @@ type Machine struct {
 	uart *uart
 
 	newVCPU    func(id int) (*vcpu, error)
+	halfMade   *vcpu // that newVCPU goes on with, or nil; changed with plug held
 	maxVCPU    int
 	vcpuFilter seccomp.Filter
 
@@ -568,6 +569,9 @@ func (m *Machine) close() error {
 	}
 	for _, v := range m.vcpus {
 		errs = append(errs, v.close())
+	}
+	if m.halfMade != nil {
+		errs = append(errs, m.halfMade.close())
 	}
 	if m.uart != nil {
 		m.uart.flush()

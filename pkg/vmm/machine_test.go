@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/microvm-runtime/microvm/pkg/internal/fdtest"
+	"github.com/microvm-runtime/microvm/pkg/kvm"
 	"github.com/microvm-runtime/microvm/pkg/vmm/boot/boottest"
 	"github.com/microvm-runtime/microvm/pkg/vmm/memory"
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio"
@@ -376,6 +378,45 @@ func TestStartVCPUs(t *testing.T) {
 	m.Stop()
 	if err := m.StartVCPUs(4); !errors.Is(err, errEnded) {
 		t.Errorf("a machine that has ended: %v", err)
+	}
+}
+
+// TestStartVCPUsFails: a vCPU that could not be made in full can be made later, and
+// nothing is left of it at the end.
+func TestStartVCPUsFails(t *testing.T) {
+	c := tinyConfig(t, tinySpin)
+	c.MaxVCPUs = 4
+	before := fdtest.Count(t)
+	for _, later := range []bool{true, false} {
+		m, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole := m.newVCPU
+		m.newVCPU = func(id int) (*vcpu, error) {
+			return m.createVCPU(id, make([]kvm.CPUIDEntry, 257), 0) // more than KVM takes
+		}
+		for range 2 {
+			if err := m.StartVCPUs(3); err == nil || !strings.Contains(err.Error(), "vCPU 1: KVM_SET_CPUID2") {
+				t.Errorf("started: %v", err)
+			}
+		}
+		m.newVCPU = whole
+		if later {
+			if err := m.StartVCPUs(3); err != nil {
+				t.Error(err)
+			}
+			if stats, err := m.VCPUStats(); err != nil || len(stats) != 3 {
+				t.Errorf("%d vCPUs, %v", len(stats), err)
+			}
+		}
+		m.Stop()
+		if _, err := m.Run(); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := fdtest.Count(t); n != before {
+		t.Errorf("%d descriptors, there were %d", n, before)
 	}
 }
 
