@@ -120,12 +120,18 @@ func (b *Bus) Add(f *Function) (Address, error) {
 	}
 	b.assigned = assigned
 	f.bus = b
-	page := b.page(device)
-	f.page = page
-	clear(page) // zeroes past the 256 bytes say "no extended capabilities"
-	copy(page, f.config)
-	f.config = page[:configSize]
+	// The guest may be looking. When it sees the id, which comes last, the function
+	// is whole and its writes count. What it writes before that waits for the lock,
+	// which nobody has yet: elsewhere it is taken before b.mu.
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	b.functions[device].Store(f)
+	page, config := b.page(device), f.config
+	f.page, f.config = page, page[:configSize]
+	const afterID = offDeviceID + 2
+	clear(page[afterID:]) // zeroes past the 256 bytes say "no extended capabilities"
+	copy(page[afterID:], config[afterID:])
+	copy(page, config[:afterID])
 	return Address{Device: uint8(device)}, nil
 }
 

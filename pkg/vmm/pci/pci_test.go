@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -457,6 +460,43 @@ func TestReuse(t *testing.T) {
 	b.WriteConfig(8*deviceSize+offCommand, []byte{commandMemory, 0})
 	if a, bar := add(); a.Device != 9 || bar == bars[9] {
 		t.Errorf("%s with BAR 0 at %#x", a, bar)
+	}
+}
+
+// TestAddShowsIDLast stops Add where a guest that looks at the bus all the time begins
+// to see the function: it finds all of it, and what it writes counts.
+func TestAddShowsIDLast(t *testing.T) {
+	const page, id = 4096, 4
+	mapping, err := unix.Mmap(-1, 0, ECAMSize+page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(mapping)
+	// Device 0's id is at the end of a page of the host's, and all else behind it.
+	h := &host{bus: newBus(t, mapping[page-id:][:ECAMSize]), ecam: mapping[page-id:]}
+	if err := unix.Mprotect(mapping[:page], unix.PROT_READ); err != nil {
+		t.Fatal(err)
+	}
+	f := NewFunction(Identity{Vendor: 0x1af4, Device: 0x1042, Class: 0x018000}, &fakeDevice{t: t})
+	if err := f.AddBAR(0, barSize); err != nil {
+		t.Fatal(err)
+	}
+	func() {
+		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+		defer func() {
+			if recover() == nil {
+				t.Error("the id was not written")
+			}
+		}()
+		h.bus.Add(f)
+	}()
+	if h.read32(offVendorID) != 0xffffffff || h.read32(offRevision) != 0x01800000 || h.read32(offBARs) != windowStart || h.read32(0x100) != 0 {
+		t.Errorf("with the id %#x come the class %#x, the BAR %#x and the extended capability %#x",
+			h.read32(offVendorID), h.read32(offRevision), h.read32(offBARs), h.read32(0x100))
+	}
+	h.write(offBARs, 4, 0xffffffff)
+	if got := h.read32(offBARs); got != ^uint32(barSize-1) {
+		t.Errorf("BAR 0 says %#x", got)
 	}
 }
 
