@@ -6,8 +6,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
+	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
@@ -79,6 +82,65 @@ sleep 0.1; [ -d /proc/1 ] && echo first`)
 	}
 }
 
+// Who may trace the pod's first process gets nothing by it.
+func TestFirstProcessHasNothing(t *testing.T) {
+	const script = `P=/proc/1
+grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs):' $P/status | tr '\t' ' '
+cat $P/comm $P/oom_score_adj
+sed 's/.*[/]//' $P/cgroup
+cut -d ' ' -f 2-3 $P/mounts
+for d in root cwd; do find $P/$d/; done
+for f in $P/fd/*; do readlink $f; done
+readlink $P/exe
+cp /bin/busybox $P/exe || cat $P/root/proc/1/status || touch $P/root/x || echo refused
+[ $P/ns/net -ef /proc/self/ns/net ] && [ ! $P/ns/mnt -ef /proc/self/ns/mnt ] && echo same network`
+	want := func(id string) string {
+		return "Uid: " + id + "\nGid: " + id + "\nGroups:  \n" +
+			"CapInh: 0000000000000000\nCapPrm: 0000000000000000\nCapEff: 0000000000000000\nCapBnd: 0000000000000000\nCapAmb: 0000000000000000\n" +
+			"NoNewPrivs: 1\npause\n-998\npause\n/ tmpfs\n/pause erofs\n" +
+			"/proc/1/root/\n/proc/1/root/pause\n/proc/1/cwd/\n/proc/1/cwd/pause\n/pause\nrefused\nsame network\n"
+	}
+	for _, test := range []struct {
+		name, id string
+		spec     *specs.Spec
+	}{
+		{"guest", "65535 65535 65535 65535", testSpec(t, script)},
+		{"user namespace", "65535 65535 65535 65535", mappedSpec(t, script, 65536)},
+		// Its own id means nothing there.
+		{"small user namespace", "0 0 0 0", mappedSpec(t, script, 1000)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newSandbox(t)
+			caps := append(slices.Clone(testCaps), "CAP_SYS_PTRACE")
+			test.spec.Process.Capabilities = &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}
+			p, err := s.runAs("tracer", test.spec, sharedPIDs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p.wait(); p.out() != want(test.id) {
+				t.Errorf("output\n%s\nwant\n%s\nstderr %q", lastOf(p.out()), want(test.id), p.stderr.String())
+			}
+		})
+	}
+	// Nor does its cgroup let it open a device, had it one.
+	cgroup, err := os.Open(pauseCgroup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cgroup.Close()
+	making, err := testReaper.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/rootfs/bin/busybox", "cat", "/dev/null")
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
+	out, err := cmd.CombinedOutput()
+	making.Done(0)
+	if err == nil || !strings.Contains(string(out), "Operation not permitted") {
+		t.Errorf("a device opened in its cgroup: %v, %q", err, out)
+	}
+}
+
 // A container that shares another one's pids ends with it.
 func TestTargetPIDs(t *testing.T) {
 	s := newSandbox(t)
@@ -102,6 +164,16 @@ func TestTargetPIDs(t *testing.T) {
 	}
 }
 
+// mappedSpec is testSpec with a user namespace of some ids.
+func mappedSpec(t *testing.T, script string, ids uint32) *specs.Spec {
+	t.Helper()
+	spec := testSpec(t, script)
+	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	spec.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 65536, Size: ids}}
+	spec.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 131072, Size: ids}}
+	return spec
+}
+
 // A pod's containers have one user namespace, whose root is nobody outside.
 func TestUserNamespace(t *testing.T) {
 	s := newSandbox(t)
@@ -109,13 +181,6 @@ func TestUserNamespace(t *testing.T) {
 		Sysctls: map[string]string{"kernel.shmmni": "3500"},
 	}); err != nil {
 		t.Fatal(err)
-	}
-	mapped := func(script string) *specs.Spec {
-		spec := testSpec(t, script)
-		spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
-		spec.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 65536, Size: 65536}}
-		spec.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 131072, Size: 65536}}
-		return spec
 	}
 	const script = `id -u; id -g; cat /proc/self/uid_map /proc/self/gid_map | tr -s ' '
 readlink /proc/self/ns/user; readlink /proc/self/ns/ipc
@@ -127,7 +192,7 @@ echo null >/dev/null && echo null >/dev/stdout
 cat /etc/passwd
 touch /etc/passwd || true
 echo 1 >/proc/sys/kernel/panic || true`
-	one, stderr, status := s.output("one", mapped(script))
+	one, stderr, status := s.output("one", mappedSpec(t, script, 65536))
 	lines := strings.Split(one, "\n")
 	if len(lines) < 13 || status != 0 {
 		t.Fatalf("status %d, output %q, %q", status, one, stderr)
@@ -140,18 +205,18 @@ echo 1 >/proc/sys/kernel/panic || true`
 	if n := strings.Count(stderr, "Permission denied") + strings.Count(stderr, "Read-only file system"); n != 2 {
 		t.Errorf("stderr %q", stderr)
 	}
-	two, stderr, _ := s.output("two", mapped("readlink /proc/self/ns/user; readlink /proc/self/ns/ipc"))
+	two, stderr, _ := s.output("two", mappedSpec(t, "readlink /proc/self/ns/user; readlink /proc/self/ns/ipc", 65536))
 	if two != strings.Join(lines[4:6], "\n")+"\n" {
 		t.Errorf("another container is in %q, not in %q: %q", two, lines[4:6], stderr)
 	}
-	shared, err := s.runAs("shared", mapped("tr '\\0' '\\n' </proc/1/cmdline; stat -c %u /proc/1"), sharedPIDs)
+	shared, err := s.runAs("shared", mappedSpec(t, "tr '\\0' '\\n' </proc/1/cmdline; stat -c %u /proc/1", 65536), sharedPIDs)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if shared.wait(); shared.out() != "/pause\n0\n" {
+	if shared.wait(); shared.out() != "/pause\n65535\n" {
 		t.Errorf("with shared pids: %q, %q", shared.out(), shared.stderr.String())
 	}
-	other := mapped("true")
+	other := mappedSpec(t, "true", 65536)
 	other.Linux.UIDMappings[0].HostID = 1 << 20
 	if _, err := s.create("other", other); err == nil || !strings.Contains(err.Error(), "one user namespace") {
 		t.Errorf("another mapping: %v", err)

@@ -1,37 +1,32 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
-	"os/signal"
 	"slices"
 	"sync"
 	"syscall"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups"
+	devices "github.com/opencontainers/cgroups/devices/config"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/agentproto"
 )
 
-// PauseName is the name, argv[0], under which the agent's program runs Pause.
-// Processes of a pod that shares its pids find it as their first one, where
-// they find the pause image's elsewhere.
-const PauseName = "/pause"
+// pauseCgroup is the cgroup of the process that runs Pause. It is not among the
+// containers', whose metrics are the sandbox's.
+const pauseCgroup = cgroupMount + "/pause"
 
-// Pause is the first process of the namespaces that a pod's containers share:
-// it adopts orphans. It does not return, and no signal of the pod's ends it.
-func Pause() {
-	// SIGCHLD among them: the kernel itself reaps for a parent who ignores it,
-	// see wait(2).
-	signal.Ignore()
-	for {
-		unix.Pause()
-	}
-}
+// pauseOOMScoreAdj is what the kubelet gives its pause containers
+// (pkg/kubelet/qos/policy.go): all processes of the pod would end with it.
+const pauseOOMScoreAdj = "-998"
 
 // podInit is the process that runs Pause. There is none until a container needs
 // it: most pods share no namespaces but those which are the guest's own.
@@ -55,24 +50,15 @@ func (p *podInit) join(uids, gids []specs.LinuxIDMapping) (pid int, err error) {
 		}
 		return p.process.Pid, nil
 	}
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{PauseName}
-	cmd.Env = []string{"GOMAXPROCS=1"}
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
-	if len(uids) > 0 {
-		// The ipc namespace has to belong to the user namespace, or root in
-		// there could not mount its message queues.
-		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER | unix.CLONE_NEWIPC
-		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = processMappings(uids), processMappings(gids)
-		cmd.SysProcAttr.GidMappingsEnableSetgroups = true
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uids[0].ContainerID, Gid: gids[0].ContainerID}
+	cmd, err := pauseCommand(uids, gids)
+	if err != nil {
+		return 0, err
 	}
 	making, err := p.reaper.Begin()
 	if err != nil {
 		return 0, err
 	}
-	if err := cmd.Start(); err != nil {
+	if err := startPause(cmd); err != nil {
 		making.Done(0)
 		return 0, fmt.Errorf("make the pod's namespaces: %w", err)
 	}
@@ -82,13 +68,85 @@ func (p *podInit) join(uids, gids []specs.LinuxIDMapping) (pid int, err error) {
 	return cmd.Process.Pid, nil
 }
 
+// pauseCommand is what makes the process, in namespaces of its own.
+func pauseCommand(uids, gids []specs.LinuxIDMapping) (*exec.Cmd, error) {
+	// Not by /proc/self/exe, which leads to the agent's mount namespace.
+	program, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(program)
+	cmd.Args = []string{PauseName, pauseBegin}
+	cmd.Env = []string{"GOMAXPROCS=1"}
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
+	if len(uids) > 0 {
+		// The ipc namespace has to belong to the user namespace, or root in
+		// there could not mount its message queues.
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER | unix.CLONE_NEWIPC
+		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = processMappings(uids), processMappings(gids)
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = true
+		// Root, which libcontainer asks of a user namespace too.
+		cmd.SysProcAttr.Credential = new(syscall.Credential)
+	}
+	return cmd, nil
+}
+
+// startPause returns when the process has nothing any more that a container
+// could get at.
+func startPause(cmd *exec.Cmd) error {
+	cgroup, err := makePauseCgroup()
+	if err != nil {
+		return err
+	}
+	defer cgroup.Close()
+	cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cmd.Stdout, cmd.Stderr = w, w
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return err
+	}
+	said, err := io.ReadAll(r)
+	if err == nil && string(said) != pauseReady {
+		err = fmt.Errorf("%s: %q", PauseName, said)
+	}
+	if err == nil {
+		err = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", cmd.Process.Pid), []byte(pauseOOMScoreAdj), 0)
+	}
+	if err != nil {
+		cmd.Process.Kill()
+		return errors.Join(err, cmd.Wait())
+	}
+	return nil
+}
+
+// makePauseCgroup makes the cgroup, in which no device may be opened.
+func makePauseCgroup() (*os.File, error) {
+	if err := os.Mkdir(pauseCgroup, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("make a cgroup: %w", err)
+	}
+	none := []*devices.Rule{{Type: devices.WildcardDevice, Major: devices.Wildcard, Minor: devices.Wildcard, Permissions: "rwm"}}
+	if err := cgroups.DevicesSetV2(pauseCgroup, &cgroups.Resources{Devices: none}); err != nil {
+		return nil, fmt.Errorf("deny devices: %w", err)
+	}
+	return os.Open(pauseCgroup)
+}
+
 func (p *podInit) wait(cmd *exec.Cmd) {
 	err := cmd.Wait()
 	p.reaper.Release(cmd.Process.Pid)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.process = nil
-	p.log.Warn("the first process of the pod's namespaces has ended", "error", err)
+	if p.process == cmd.Process {
+		p.process = nil
+		p.log.Warn("the first process of the pod's namespaces has ended", "error", err)
+	}
 }
 
 // kill ends the process, and with it all in its pid namespace.
@@ -97,6 +155,7 @@ func (p *podInit) kill() {
 	defer p.mu.Unlock()
 	if p.process != nil {
 		p.process.Kill()
+		p.process = nil
 	}
 }
 
