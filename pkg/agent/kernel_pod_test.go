@@ -223,6 +223,21 @@ echo 1 >/proc/sys/kernel/panic || true`
 	}
 }
 
+// A container may close its terminal for a while, in a user namespace too.
+func TestTerminalClosedForAWhile(t *testing.T) {
+	const script = "echo before; exec </dev/null >/dev/null 2>&1; sleep 1; exec </dev/console >/dev/console; echo after; read x; echo got $x"
+	for id, spec := range map[string]*specs.Spec{"c": testSpec(t, script), "d": mappedSpec(t, script, 65536)} {
+		s := newSandbox(t)
+		spec.Process.Terminal = true
+		p := s.run(id, spec)
+		p.awaitOut("after")
+		writeAll(t, p.stdin, "hello\n")
+		if status := p.wait(); status != 0 || p.out() != "before\r\nafter\r\nhello\r\ngot hello\r\n" {
+			t.Errorf("%s: status %d, output %q", id, status, p.out())
+		}
+	}
+}
+
 // A privileged container has the guest's devices.
 func TestAllDevices(t *testing.T) {
 	s := newSandbox(t)

@@ -53,7 +53,8 @@ func (o *output) run() {
 	for {
 		buf, n, err := readReady(o.src, &o.taken)
 		if n == 0 || err != nil {
-			// A terminal ends with EIO when its last user is gone.
+			// A terminal ends with EIO when its last user is gone, stdio's peer
+			// among them.
 			break
 		}
 		if !broken {

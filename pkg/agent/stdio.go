@@ -42,6 +42,11 @@ type stdio struct {
 	in      *os.File
 	outputs []*output
 
+	// peer is the process's end of the pseudo terminal, held until the process
+	// has ended. Reads of the master fail while nobody has that end open, but
+	// processes may close it for a while: systemd does after each message.
+	peer *os.File
+
 	// master is the pseudo terminal: also in, and the source of the one output.
 	mu     sync.Mutex
 	master *os.File
@@ -140,6 +145,9 @@ func (s *stdio) started() error {
 			return fmt.Errorf("receive the terminal: %w", err)
 		}
 		s.master, s.in = master, master
+		if s.peer, err = openPeer(master); err != nil {
+			return fmt.Errorf("open the other end of the terminal: %w", err)
+		}
 		s.outputs = []*output{newOutput(s.stdout, master, terminalBuffers)}
 	}
 	for _, o := range s.outputs {
@@ -184,6 +192,9 @@ func (s *stdio) drain() {
 	if s.stdin != nil {
 		s.stdin.Close()
 	}
+	if s.peer != nil {
+		s.peer.Close()
+	}
 	var wg sync.WaitGroup
 	for _, o := range s.outputs {
 		wg.Go(o.drain)
@@ -205,6 +216,9 @@ func (s *stdio) abort() {
 	}
 	if s.in != nil {
 		s.in.Close()
+	}
+	if s.peer != nil {
+		s.peer.Close()
 	}
 	for _, o := range s.outputs {
 		o.src.Close()
@@ -248,6 +262,26 @@ func receiveConsole(socket *os.File) (*os.File, error) {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fds[0]), "terminal"), nil
+}
+
+// openPeer opens the other end of a pseudo terminal, without a name, which would
+// be one of the container's.
+func openPeer(master *os.File) (*os.File, error) {
+	raw, err := master.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var fd uintptr
+	var errno unix.Errno
+	if err := raw.Control(func(m uintptr) {
+		fd, _, errno = unix.Syscall(unix.SYS_IOCTL, m, unix.TIOCGPTPEER, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC)
+	}); err != nil {
+		return nil, err
+	}
+	if errno != 0 {
+		return nil, os.NewSyscallError("TIOCGPTPEER", errno)
+	}
+	return os.NewFile(fd, "terminal"), nil
 }
 
 // longPast, as a deadline, ends what waits now.
