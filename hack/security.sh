@@ -100,7 +100,7 @@ host_promises() {
 		pkg/shim TestGuestTextIsKnown TestGuestNamesNoPath
 		= Nothing the agent says makes the shim crash, hang, grow or act on another sandbox
 		pkg/shim/agentclient TestHostileReplies TestSilentAgent TestAnswersOutOfOrder TestMultipliedAnswer TestEndlessEvents TestBrokenFrames TestUnaskedFrames TestEndlessUnaskedFrames FuzzReplies FuzzAnswers FuzzStats
-		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced TestClockOfHostileAgent
+		pkg/shim TestHostileAgent TestSilentAgent TestKillIsEnforced TestKillOfTwoIsEnforced TestClockOfHostileAgent
 		pkg/internal/printable TestString FuzzString
 		= The shim has the capabilities of its list and no other ones, on every thread
 		pkg/shim TestSurroundings
@@ -111,7 +111,7 @@ host_promises() {
 		= What a guest sends goes out of its pod's links and nowhere else
 		pkg/shim/network TestPod TestRefuse
 		= A sandbox that has ended is told of once, and nothing stays on the host
-		pkg/shim TestDeathOfTheMachine TestFailedStartOfTheSandbox TestDeleteAfterKill
+		pkg/shim TestDeathOfTheMachine TestFailedStartOfTheSandbox TestDeleteAfterKill TestDeleteKeepsRecord TestDeleteOfASlowContainer
 		pkg/shim/network TestRemoveAfterACrash
 	END
 }
