@@ -319,18 +319,23 @@ func makeDir(root, rel string, mode uint32) (*os.File, error) {
 		if i == len(names)-1 {
 			m = mode & 0o7777
 		}
-		err := unix.Mkdirat(fd, name, m)
-		if err == nil {
-			err = unix.Fchmodat(fd, name, m, 0) // whatever the umask is
-		}
-		if err != nil && !errors.Is(err, unix.EEXIST) {
+		made := unix.Mkdirat(fd, name, m)
+		if made != nil && !errors.Is(made, unix.EEXIST) {
 			unix.Close(fd)
-			return nil, &os.PathError{Op: "mkdir", Path: filepath.Join(root, rel), Err: err}
+			return nil, &os.PathError{Op: "mkdir", Path: filepath.Join(root, rel), Err: made}
 		}
 		next, err := unix.Openat(fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 		unix.Close(fd)
 		if err != nil {
 			return nil, &os.PathError{Op: "open", Path: filepath.Join(root, rel), Err: err}
+		}
+		if made == nil {
+			// Whatever the umask is; and of what was opened, because the name may
+			// be that of a link by now.
+			if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", next), m); err != nil {
+				unix.Close(next)
+				return nil, &os.PathError{Op: "chmod", Path: filepath.Join(root, rel), Err: err}
+			}
 		}
 		fd = next
 	}

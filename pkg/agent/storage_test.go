@@ -118,6 +118,39 @@ func TestMakeDir(t *testing.T) {
 	}
 }
 
+// A container that has the volume puts a link in the place of what was just made.
+func TestMakeDirSwapped(t *testing.T) {
+	root := t.TempDir()
+	outside := filepath.Join(t.TempDir(), "outside")
+	if err := os.WriteFile(outside, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(root, "sub")
+	begin, swapped := make(chan struct{}), make(chan struct{})
+	go func() {
+		for range begin {
+			for unix.Rmdir(name) != nil {
+			}
+			unix.Symlink(outside, name)
+			swapped <- struct{}{}
+		}
+	}()
+	defer close(begin)
+	for i := range 5000 {
+		begin <- struct{}{}
+		if dir, err := makeDir(root, "sub", 0o2777); err == nil {
+			dir.Close()
+		}
+		<-swapped
+		if info, err := os.Stat(outside); err != nil || info.Mode() != 0o600 {
+			t.Fatalf("after %d directories: mode %v, %v", i+1, info.Mode(), err)
+		}
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestMountOptions(t *testing.T) {
 	for options, want := range map[string]struct {
 		flags uintptr
