@@ -498,6 +498,10 @@ func TestResources(t *testing.T) {
 		}
 	}
 	check(map[string]string{"memory.max": "134217728"})
+	if _, err := s.client.UpdateContainer(background, &agentproto.UpdateContainerRequest{ContainerId: "c", Resources: []byte(`{"cpu":{"idle":1}}`)}); err != nil {
+		t.Errorf("an idle container: %v", err)
+	}
+	check(map[string]string{"cpu.idle": "1", "cpu.max": "20000 100000"})
 
 	r, err := s.client.ContainerStats(background, &agentproto.ContainerRequest{ContainerId: "c"})
 	if err != nil {

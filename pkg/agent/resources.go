@@ -39,6 +39,11 @@ func mergeResources(current *specs.LinuxResources, update []byte) (*specs.LinuxR
 	if m := named.Memory; m != nil && m.Limit != nil && m.Swap == nil {
 		merged.Memory.Swap = nil
 	}
+	// An idle group takes no weight (kernel/sched/fair.c, sched_group_set_shares),
+	// so the old one would fail the update. runc leaves it out too.
+	if c := named.CPU; c != nil && c.Idle != nil && c.Shares == nil {
+		merged.CPU.Shares = nil
+	}
 	return merged, nil
 }
 

@@ -156,6 +156,8 @@ func TestMergeResources(t *testing.T) {
 		`{"memory":{"limit":200,"swap":300}}`:  `{"memory":{"limit":200,"swap":300,"reservation":50},"cpu":{"shares":2,"quota":3,"period":4},"pids":{"limit":5},"unified":{"a.b":"1"}}`,
 		`{"cpu":{"quota":-1,"cpus":"0"}}`:      `{"memory":{"limit":100,"swap":100,"reservation":50},"cpu":{"shares":2,"quota":-1,"period":4,"cpus":"0"},"pids":{"limit":5},"unified":{"a.b":"1"}}`,
 		`{"unified":{"c.d":"2"},"pids":{}}`:    `{"memory":{"limit":100,"swap":100,"reservation":50},"cpu":{"shares":2,"quota":3,"period":4},"pids":{"limit":5},"unified":{"a.b":"1","c.d":"2"}}`,
+		`{"cpu":{"idle":1}}`:                   `{"memory":{"limit":100,"swap":100,"reservation":50},"cpu":{"quota":3,"period":4,"idle":1},"pids":{"limit":5},"unified":{"a.b":"1"}}`,
+		`{"cpu":{"idle":0,"shares":6}}`:        `{"memory":{"limit":100,"swap":100,"reservation":50},"cpu":{"shares":6,"quota":3,"period":4,"idle":0},"pids":{"limit":5},"unified":{"a.b":"1"}}`,
 		`{"hugepageLimits":[],"unknown":true}`: current,
 	} {
 		var before specs.LinuxResources
