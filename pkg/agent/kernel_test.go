@@ -37,6 +37,10 @@ func TestGuest(t *testing.T) {
 		"/proc/sys/fs/file-max":                         "9223372036854775807",
 		"/proc/sys/fs/epoll/max_user_watches":           "4194304",
 		"/proc/sys/net/netfilter/nf_conntrack_max":      "65536",
+		"/proc/sys/fs/protected_regular":                "2",
+		"/proc/sys/fs/protected_fifos":                  "1",
+		"/proc/sys/fs/protected_symlinks":               "1",
+		"/proc/sys/fs/protected_hardlinks":              "1",
 		"/proc/sys/net/ipv4/ip_unprivileged_port_start": "1024",
 		"/sys/class/net/lo/flags":                       "0x9", // IFF_UP|IFF_LOOPBACK
 	} {

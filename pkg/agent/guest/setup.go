@@ -71,6 +71,14 @@ var sysctls = []struct{ name, value string }{
 	{"fs.file-max", "9223372036854775807"},
 	{"fs.epoll.max_user_watches", "4194304"},
 	{"net.netfilter.nf_conntrack_max", "65536"},
+	// In a sticky directory, /tmp or a volume, one user's links, files and FIFOs
+	// are not followed or opened for another who meant to create a file. The
+	// kernel's own are 0; these are Debian's (procps), systemd's but for a 1 for
+	// regular files.
+	{"fs.protected_symlinks", "1"},
+	{"fs.protected_hardlinks", "1"},
+	{"fs.protected_regular", "2"},
+	{"fs.protected_fifos", "1"},
 }
 
 // rlimits are the limits that a container has whose specification names none:
