@@ -96,6 +96,7 @@ host_promises() {
 		pkg/shim TestOpenBlockDevice
 		= A guest gets the block device that its container names, and no other
 		pkg/shim TestOpenDisk TestOpenBlockDevice TestBlockVolume
+		pkg/shim/guestspec TestBlockDeviceAsMount TestNodeOnAVolume
 		= No message of the guest names a host path
 		pkg/shim TestGuestTextIsKnown TestGuestNamesNoPath
 		= Nothing the agent says makes the shim crash, hang, grow or act on another sandbox

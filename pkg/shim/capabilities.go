@@ -18,7 +18,7 @@ import (
 // mapped for a mount with SETUID, SETGID and SETFCAP.
 var shimCapabilities = slices.Concat(jail.Capabilities, []uintptr{
 	unix.CAP_SYS_ADMIN,  // mounts, namespaces, sk_lookup; the VMM's, until its jail is closed
-	unix.CAP_SYS_CHROOT, // setns(2) with a mount namespace: the host's
+	unix.CAP_SYS_CHROOT, // setns(2) with a mount namespace, the host's; chroot(2) of stand-ins
 	unix.CAP_SYS_PTRACE, // /proc/PID/ns of the VMM, which is another user's and not dumpable
 	unix.CAP_KILL,       // the VMM and the programs that were started, whoever's they are
 	unix.CAP_NET_ADMIN,  // taps, tc, sysctls and sk_lookup in the pod's network namespace

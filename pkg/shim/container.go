@@ -82,7 +82,7 @@ func newContainer(id, bundle string, s *sandbox, first bool, publish func(proto.
 	c.started = sync.NewCond(&c.mu)
 	if !first {
 		var err error
-		if c.standIn, err = newStandIn(s.vm.Pid()); err != nil {
+		if c.standIn, err = s.host.newStandIn(s.vm.Pid()); err != nil {
 			return nil, fmt.Errorf("container %s: %w", id, err)
 		}
 		c.pid = c.standIn.tid

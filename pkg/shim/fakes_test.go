@@ -456,6 +456,9 @@ func newFixture(t *testing.T) *fixture {
 			return f.net, nil
 		},
 		chooseID: func(_ context.Context, first, _ uint32) (uint32, error) { return first, nil },
+		newStandIn: func(vmm int) (*standIn, error) {
+			return startStandIn(func() error { return joinNetwork(vmm) }) // another root takes privileges
+		},
 		record:   func(state.Process) error { return nil },
 		identify: state.Identify,
 		cpus:     4,

@@ -38,6 +38,7 @@ func (s podState) String() string {
 // pod is a sandbox that was made by the sandbox API.
 type pod struct {
 	id, bundle, netns string
+	files             string // the directory of podFiles; set by writeFiles
 	config            *podconfig.PodSandboxConfig
 	created           time.Time
 
@@ -171,10 +172,24 @@ func cgroupsPath(parent, id string) string {
 // shim is the sandboxer, making them is its part.
 var podFiles = []string{"hostname", "hosts", "resolv.conf"}
 
-func (p *pod) file(name string) string { return filepath.Join(p.bundle, "microvm-"+name) }
+func (p *pod) file(name string) string { return filepath.Join(p.files, "microvm-"+name) }
 
-// writeFiles makes the files, in the bundle, with which they go.
+// writeFiles makes the files, with the bundle, with which they go: where its link
+// "work" leads (core/runtime/v2/bundle.go in containerd), which is on disk.
+// Containers may write to them without a bound, and the bundle is in the memory
+// below /run, which all of the host needs.
 func (p *pod) writeFiles() error {
+	work := filepath.Join(p.bundle, "work")
+	info, err := os.Stat(work)
+	switch {
+	case err == nil && info.IsDir():
+		p.files, err = filepath.EvalSymlinks(work)
+	case errors.Is(err, fs.ErrNotExist):
+		p.files, err = p.bundle, nil
+	}
+	if err != nil {
+		return fmt.Errorf("files of the pod: %w", err)
+	}
 	hostname := p.config.GetHostname()
 	if hostname == "" {
 		var err error

@@ -187,6 +187,13 @@ func TestStandIn(t *testing.T) {
 		if int(s.tid) == os.Getpid() || network(int(s.tid)) != network(vmm.Process.Pid) || network(os.Getpid()) != own {
 			t.Errorf("%d is in %s, this process in %s", s.tid, network(int(s.tid)), network(os.Getpid()))
 		}
+		root := fmt.Sprintf("/proc/%d/root", s.tid)
+		if entries, err := os.ReadDir(root); err != nil || len(entries) > 0 {
+			t.Errorf("its root directory has %v, %v", entries, err)
+		}
+		if err := os.WriteFile(root+"/file", nil, 0o600); !errors.Is(err, unix.EROFS) {
+			t.Errorf("a file in its root directory: %v", err)
+		}
 		standIns = append(standIns, s)
 	}
 	for _, s := range standIns {

@@ -47,6 +47,8 @@ type host struct {
 	openNetwork func(path string) (podNetwork, error)
 	// chooseID chooses the VMM's user and group id among the n from first on.
 	chooseID func(ctx context.Context, first, n uint32) (uint32, error)
+	// newStandIn makes what stands for a container beside the VMM.
+	newStandIn func(vmm int) (*standIn, error)
 	// record stores the VMM's identity for a later clean-up.
 	record   func(vmm state.Process) error
 	cpus     int

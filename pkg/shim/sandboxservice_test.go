@@ -50,6 +50,9 @@ var testPod = &cri.PodSandboxConfig{
 func (f *fixture) createSandbox(id string) (bundle string) {
 	f.t.Helper()
 	bundle = f.t.TempDir()
+	if err := os.Symlink(f.t.TempDir(), filepath.Join(bundle, "work")); err != nil {
+		f.t.Fatal(err)
+	}
 	_, err := f.CreateSandbox(context.Background(), &sandboxapi.CreateSandboxRequest{
 		SandboxID: id, BundlePath: bundle, NetnsPath: "/run/netns/cni-1", Options: podConfig(f.t, testPod),
 	})
@@ -166,7 +169,7 @@ func TestSandboxAPI(t *testing.T) {
 		"hostname":    "web-0\n",
 		"resolv.conf": "search n.svc svc\nnameserver 10.0.0.10\nnameserver fd00::a\noptions ndots:5\n",
 	} {
-		if data, err := os.ReadFile(filepath.Join(bundle, "microvm-"+name)); err != nil || string(data) != content {
+		if data, err := os.ReadFile(filepath.Join(bundle, "work", "microvm-"+name)); err != nil || string(data) != content {
 			t.Errorf("%s: %q, %v", name, data, err)
 		}
 	}
@@ -420,7 +423,7 @@ func TestSandboxAPIStopWhileBooting(t *testing.T) {
 // is read-only gets the pod's so.
 func TestPodFiles(t *testing.T) {
 	f := newFixture(t)
-	f.createSandbox("pod")
+	pod := f.createSandbox("pod")
 	if err := f.startSandbox("pod"); err != nil {
 		t.Fatal(err)
 	}
@@ -441,6 +444,16 @@ func TestPodFiles(t *testing.T) {
 	}
 	if want := []string{"/etc/hosts bind", "/etc/hostname rbind,rprivate,ro", "/etc/resolv.conf rbind,rprivate,ro"}; !slices.Equal(got, want) {
 		t.Errorf("mounts %q", got)
+	}
+	// They are not in memory with the bundle: a container may make them longer.
+	work, err := os.Readlink(filepath.Join(pod, "work"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range f.tree.mounts["c1"][1:] {
+		if filepath.Dir(m.Source) != work {
+			t.Errorf("%s is %s", m.Destination, m.Source)
+		}
 	}
 	if s := f.status("c1", ""); s.Status != tasktypes.Status_CREATED {
 		t.Errorf("state %v", s)

@@ -268,6 +268,7 @@ func (d *daemon) newHost(p *Program) (*host, error) {
 			})
 			return id, err
 		},
+		newStandIn:  newStandIn,
 		record:      func(vmm state.Process) error { return d.update(func(r *state.Record) { r.VMM = vmm }) },
 		identify:    state.Identify,
 		cpus:        runtime.NumCPU(),

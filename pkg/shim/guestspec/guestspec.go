@@ -101,6 +101,11 @@ func Rewrite(spec *specs.Spec, in Input) (*Result, error) {
 			return nil, err
 		}
 	}
+	if spec.Hooks == nil {
+		// They are for the hooks' state. Clients keep in there what is the
+		// host's, paths among it.
+		spec.Annotations = nil
+	}
 	if linux.Resources != nil {
 		r.Remarks = append(r.Remarks, Resources(linux.Resources)...)
 	}

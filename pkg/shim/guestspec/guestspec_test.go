@@ -604,3 +604,17 @@ func FuzzRewrite(f *testing.F) {
 		}
 	})
 }
+
+// Annotations may name what is the host's. In the guest they are for the state of
+// hooks.
+func TestAnnotations(t *testing.T) {
+	for _, hooks := range []*specs.Hooks{nil, {Poststop: []specs.Hook{{Path: "/h"}}}, {StartContainer: []specs.Hook{{Path: "/h"}}}} {
+		spec := base()
+		spec.Annotations = map[string]string{"nerdctl/log-uri": "file:///var/log/c"}
+		spec.Hooks = hooks
+		r := rewrite(t, spec, first)
+		if want := hooks != nil && hooks.StartContainer != nil; (len(r.Spec.Annotations) > 0) != want {
+			t.Errorf("with hooks %+v: %v", hooks, r.Spec.Annotations)
+		}
+	}
+}

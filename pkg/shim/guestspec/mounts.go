@@ -175,6 +175,9 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 	}
 
 	if mode := info.Mode(); mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0 {
+		if !isOnDev(info) {
+			return unsupported("mount %s: %s is a node of a block device, but not in the host's /dev: it may have been made by a container", m.Destination, source)
+		}
 		r.bindDisk(m, info)
 		return nil
 	}
@@ -247,6 +250,15 @@ func (r *Result) bind(m *specs.Mount, in Input) error {
 	}
 	r.share(m, in, mount)
 	return nil
+}
+
+// isOnDev says whether a node is on the host's /dev. Elsewhere, on a volume, a
+// container may have made it, of any number, and the kubelet binds what it finds
+// at a subPath.
+func isOnDev(info os.FileInfo) bool {
+	node, ok := info.Sys().(*syscall.Stat_t)
+	var dev unix.Stat_t
+	return ok && unix.Stat("/dev", &dev) == nil && node.Dev == dev.Dev
 }
 
 // bindDisk gives the container a node of a block device where it wants the
