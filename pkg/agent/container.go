@@ -168,9 +168,13 @@ func (c *container) checkStart(p *process) error {
 	return nil
 }
 
-func (c *container) pause() error {
+// pause does nothing for a caller who has given up on it meanwhile.
+func (c *container) pause(ctx context.Context) error {
 	c.running.Lock()
 	defer c.running.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	return stateError(c.lc.Pause())
 }
 

@@ -299,12 +299,12 @@ func (a *Agent) ListProcesses(_ context.Context, r *agentproto.ContainerRequest)
 }
 
 // PauseContainer freezes a container.
-func (a *Agent) PauseContainer(_ context.Context, r *agentproto.ContainerRequest) (*emptypb.Empty, error) {
+func (a *Agent) PauseContainer(ctx context.Context, r *agentproto.ContainerRequest) (*emptypb.Empty, error) {
 	c, err := a.container(r.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
-	if err := c.pause(); err != nil {
+	if err := c.pause(ctx); err != nil {
 		return nil, err
 	}
 	return &emptypb.Empty{}, nil

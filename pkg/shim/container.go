@@ -60,6 +60,7 @@ type container struct {
 
 	mu        sync.Mutex
 	paused    bool
+	unsure    bool // the guest may have paused it although that has failed
 	pausing   bool
 	ending    bool // init has ended: no further exec may start
 	starting  int  // execs that are being started
@@ -354,9 +355,13 @@ func (c *container) pause(ctx context.Context) error {
 	err := c.agent.Pause(ctx, c.id)
 	if errors.Is(err, context.DeadlineExceeded) {
 		// It may be about to. What is said not to be paused is not to be frozen.
-		if resumeErr := c.agent.Resume(ctx, c.id); resumeErr != nil {
-			log.L.WithError(resumeErr).Warnf("container %s may be paused, or not", c.id)
+		resumeErr := c.agent.Resume(ctx, c.id)
+		if resumeErr != nil {
+			log.L.WithError(resumeErr).Warnf("container %s may be paused, or not: it can be resumed", c.id)
 		}
+		c.mu.Lock()
+		c.unsure = resumeErr != nil
+		c.mu.Unlock()
 	}
 	c.setPaused(err == nil, false)
 	if err != nil {
@@ -369,13 +374,18 @@ func (c *container) pause(ctx context.Context) error {
 func (c *container) resume(ctx context.Context) error {
 	c.operation.Lock()
 	defer c.operation.Unlock()
-	if status, _, _ := c.status(c.init); status != task.Status_PAUSED {
+	c.mu.Lock()
+	unsure := c.unsure
+	c.mu.Unlock()
+	if status, _, _ := c.status(c.init); status != task.Status_PAUSED && !(status == task.Status_RUNNING && unsure) {
 		return fmt.Errorf("cannot resume a container that is %s: %w", statusText(status), errdefs.ErrFailedPrecondition)
 	}
 	if err := c.agent.Resume(context.WithoutCancel(ctx), c.id); err != nil {
 		return err
 	}
-	c.setPaused(false, false)
+	c.mu.Lock()
+	c.paused, c.unsure = false, false
+	c.mu.Unlock()
 	c.publish(&eventsapi.TaskResumed{ContainerID: c.id})
 	return nil
 }

@@ -49,11 +49,9 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*ta
 // ends when the container is deleted meanwhile. finish gives the id to the
 // container, or up if it is nil.
 func (s *service) reserve(ctx context.Context, id string) (_ context.Context, finish func(*container), err error) {
-	if err := s.lockWith(ctx, id); err != nil {
-		return nil, nil, err
-	}
-	defer s.mu.Unlock()
 	ctx, cancel := context.WithCancelCause(ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	switch {
 	case s.containers[id] != nil || s.creating[id] != nil:
 		err = fmt.Errorf("container %s: %w", id, errdefs.ErrAlreadyExists)
@@ -78,25 +76,24 @@ func (s *service) reserve(ctx context.Context, id string) (_ context.Context, fi
 	}, nil
 }
 
-// lockWith takes mu when nothing of an earlier container of this id is left in
-// the guest.
-func (s *service) lockWith(ctx context.Context, id string) error {
-	for {
-		s.mu.Lock()
-		released := s.withheld[id]
-		if released == nil {
-			return nil
-		}
-		s.mu.Unlock()
-		select {
-		case <-released:
-		case <-ctx.Done():
-			return fmt.Errorf("container %s: an earlier one of this id is still being removed in the guest: %w", id, context.Cause(ctx))
-		}
+// awaitID waits until nothing of an earlier container of this id, which is
+// reserved, is left in the guest.
+func (s *service) awaitID(ctx context.Context, id string) error {
+	s.mu.Lock()
+	released := s.withheld[id]
+	s.mu.Unlock()
+	if released == nil {
+		return nil
+	}
+	select {
+	case <-released:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("container %s: an earlier one of this id is still being removed in the guest: %w", id, context.Cause(ctx))
 	}
 }
 
-// withhold keeps an id from being reserved until release is called.
+// withhold has awaitID wait until release is called.
 func (s *service) withhold(id string) (release func()) {
 	released := make(chan struct{})
 	s.mu.Lock()
@@ -128,6 +125,9 @@ func (s *service) abandon(ctx context.Context, id string) {
 // create does the work of Create. On an error nothing is left of the
 // container, nor of a sandbox without containers.
 func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *container, err error) {
+	if err := s.awaitID(ctx, r.GetID()); err != nil {
+		return nil, err
+	}
 	select {
 	case s.slot <- struct{}{}:
 		defer func() { <-s.slot }()

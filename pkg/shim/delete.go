@@ -31,6 +31,8 @@ const (
 	deleteTime = 4 * time.Second
 	// askTime bounds what a shim that lives is asked to do.
 	askTime = 2 * time.Second
+	// othersTime bounds what is done about other sandboxes: the answer waits for it.
+	othersTime = time.Second
 )
 
 // delete removes a container whose shim containerd has lost, and the sandbox
@@ -149,9 +151,7 @@ func askToDelete(ctx context.Context, socket, id string, isSandbox bool) shimSta
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
 	task := taskapi.NewTTRPCTaskClient(client)
-	connected, cancel := context.WithTimeout(ctx, askTime/2)
-	defer cancel()
-	if _, err := task.Connect(connected, &taskapi.ConnectRequest{ID: id}); err != nil && connected.Err() != nil {
+	if _, err := task.Connect(ctx, &taskapi.ConnectRequest{ID: id}); err != nil && ctx.Err() != nil {
 		return shimHangs
 	}
 	// Each of them may fail, because the shim has done it or does not know the
@@ -184,11 +184,16 @@ func askToDelete(ctx context.Context, socket, id string, isSandbox bool) shimSta
 // end, because it was killed or the VMM took too long to go. What fails here
 // is left to the next one.
 func (p *Program) deleteOthers(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, othersTime)
+	defer cancel()
 	dirs, err := filepath.Glob(filepath.Join(p.stateRoot, "*", "*"))
 	if err != nil {
 		return
 	}
 	for _, path := range dirs {
+		if ctx.Err() != nil {
+			return
+		}
 		deleteIfDead(ctx, state.Dir{Path: path})
 	}
 }

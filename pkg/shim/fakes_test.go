@@ -442,10 +442,11 @@ func newFixture(t *testing.T) *fixture {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.cgroups = append(f.cgroups, path)
-			return &placement{launched: func() {}, oomKills: func() int { return 0 }, leave: func() {
+			return &placement{launched: func() {}, oomKills: func() int { return 0 }, leave: func() error {
 				f.mu.Lock()
 				defer f.mu.Unlock()
 				f.cgroups = slices.DeleteFunc(f.cgroups, func(p string) bool { return p == path })
+				return nil
 			}}, nil
 		},
 		openNetwork: func(path string) (podNetwork, error) {

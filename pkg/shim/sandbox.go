@@ -67,8 +67,9 @@ type placement struct {
 	// device; nil if this host has no such thing. It is closed by launched.
 	vmm *os.File
 	// launched is called when the VMM has been started, leave when it has
-	// ended.
-	launched, leave func()
+	// ended, which removes the cgroup.
+	launched func()
+	leave    func() error
 	// oomKills counts the processes in there that the host's kernel has killed
 	// for lack of memory.
 	oomKills func() int
@@ -468,8 +469,7 @@ func (s *sandbox) halt(patience time.Duration) error {
 func (s *sandbox) stop() error {
 	err := s.halt(powerOff)
 	s.closeVolumes()
-	s.leaveCgroup()
-	return errors.Join(err, s.closeNetwork(), s.tree.Close())
+	return errors.Join(err, s.leaveCgroup(), s.closeNetwork(), s.tree.Close())
 }
 
 // kill ends the VMM and waits for it.
@@ -491,9 +491,11 @@ func (s *sandbox) kill() error {
 	return nil
 }
 
-func (s *sandbox) leaveCgroup() {
-	if s.placed != nil {
-		s.placed.leave()
-		s.placed = nil
+func (s *sandbox) leaveCgroup() error {
+	if s.placed == nil {
+		return nil
 	}
+	err := s.placed.leave()
+	s.placed = nil
+	return err
 }

@@ -311,14 +311,12 @@ func (d *daemon) place(root, path string) (*placement, error) {
 				leave()
 			}
 		},
-		leave: func() {
+		leave: func() error {
 			vmm.Close() // if it was not launched
 			if !elsewhere {
 				leave()
 			}
-			if err := hostcgroup.Remove(owned); err != nil {
-				log.L.WithError(err).Warn("the sandbox's cgroup is left")
-			}
+			return hostcgroup.Remove(owned)
 		},
 	}, nil
 }

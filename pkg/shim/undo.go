@@ -40,8 +40,8 @@ func outlive(ctx context.Context, do func(context.Context) error, undo func(answ
 // said to that.
 func (s *sandbox) discard(id, execID string, answer error) {
 	unknown := errors.Is(answer, context.DeadlineExceeded)
-	if answer != nil && !unknown {
-		return // it has not come to be
+	if answer != nil && !unknown && execID == "" {
+		return // it has not come to be; an exec has, before its start
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), undoTime)
 	defer cancel()

@@ -57,6 +57,21 @@ func TestPosixLocks(t *testing.T) {
 	want(t, "unlocking what nobody has locked", set(9, unlock(0, endOfFile)), 0)
 }
 
+// What is locked by way of a file that is open for reading only is bounded: it is
+// locked anew when the owner uses one that is open for writing.
+func TestReadLockLimit(t *testing.T) {
+	s := newShare(t)
+	e, rw := s.mustCreate(t, root, "file", "")
+	ro, errno := s.Open(e.NodeID, unix.O_RDONLY)
+	must(t, errno)
+	for i := range uint64(maxReads) {
+		must(t, s.Setlk(e.NodeID, ro, 1, readLock(2*i, 2*i), 0))
+	}
+	want(t, "one more", s.Setlk(e.NodeID, ro, 1, readLock(2*maxReads, 2*maxReads), 0), unix.ENOLCK)
+	must(t, s.Setlk(e.NodeID, rw, 1, writeLock(2*maxReads, 2*maxReads), 0))
+	must(t, s.Setlk(e.NodeID, ro, 1, readLock(2*maxReads+2, 2*maxReads+2), 0))
+}
+
 // What a GETLK costs does not grow with the owners for ever.
 func TestHolderAmongMany(t *testing.T) {
 	s := newShare(t)

@@ -10,6 +10,11 @@ import (
 // errDropped is what an owner's methods return after it was dropped.
 const errDropped = unix.Errno(4093)
 
+// maxReads bounds what is locked through a descriptor that is not writable, and so
+// what one request may have to set anew: each time the host goes through the
+// owner's other locks.
+const maxReads = 1024
+
 // lockOwner holds the locks of one owner on one node.
 type lockOwner struct {
 	handle uint64 // that set a lock last; protected by lockTable.mu
@@ -85,6 +90,9 @@ func (o *lockOwner) set(l unix.Flock_t) unix.Errno {
 	}
 	if o.fd < 0 {
 		return 0 // nothing was locked, so nothing is unlocked
+	}
+	if !o.writable && l.Type != unix.F_UNLCK && len(o.reads) >= maxReads {
+		return unix.ENOLCK
 	}
 	errno := applyLock(o.fd, l)
 	if errno == 0 && !o.writable {
