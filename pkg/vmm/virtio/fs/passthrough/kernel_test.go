@@ -4,6 +4,7 @@ package passthrough
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -199,5 +200,38 @@ func TestConformance(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			conform(t, program, tc.omit, filepath.Join(mountShare(t, tc.dir(t), tc.change), tc.at))
 		})
+	}
+}
+
+// A direct write that appends, of more than a request, ends up in order.
+func TestDirectAppend(t *testing.T) {
+	const chunk, chunks = 1 << 20, 8
+	buf, err := unix.Mmap(-1, 0, chunk*chunks, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	must(t, err)
+	defer unix.Munmap(buf)
+	for i := range buf {
+		buf[i] = byte('a' + i/chunk)
+	}
+	name := filepath.Join(mountShare(t, tempDir(t)), "file")
+	for range 5 {
+		fd, err := unix.Open(name, unix.O_CREAT|unix.O_WRONLY|unix.O_APPEND|unix.O_DIRECT, 0o644)
+		must(t, err)
+		for range 2 {
+			n, err := unix.Write(fd, buf)
+			if err != nil || n != len(buf) {
+				t.Errorf("wrote %d bytes, %v", n, err)
+			}
+		}
+		must(t, unix.Close(fd))
+		got, err := os.ReadFile(name)
+		must(t, err)
+		if !bytes.Equal(got, append(buf[:len(buf):len(buf)], buf...)) {
+			var order []byte
+			for i := 0; i < len(got); i += chunk {
+				order = append(order, got[i])
+			}
+			t.Errorf("%d bytes, in the order %s", len(got), order)
+		}
+		must(t, os.Remove(name))
 	}
 }
