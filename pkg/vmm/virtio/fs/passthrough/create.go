@@ -113,13 +113,18 @@ func (s *Server) give(r *request, node newNode, fd int, st *unix.Statx_t) unix.E
 	if uid < 0 && gid < 0 && special == 0 {
 		return 0
 	}
-	// Somebody on the host may have put another node in its place, to have us
-	// give that away.
 	maker := s.uid
 	if node.own {
 		maker = r.UID
 	}
-	if uint32(st.Mode)&unix.S_IFMT != node.kind || st.Uid != maker || node.kind != unix.S_IFDIR && st.Nlink > 1 {
+	if st.Uid != maker && uint32(st.Mode)&unix.S_IFMT == node.kind {
+		// The file system decides itself whose a new node is: NFS with all_squash,
+		// SMB, exFAT. What is not ours is not given away.
+		return 0
+	}
+	// Somebody on the host may have put another node in its place, to have us
+	// give that away.
+	if uint32(st.Mode)&unix.S_IFMT != node.kind || node.kind != unix.S_IFDIR && st.Nlink > 1 {
 		return unix.ESTALE
 	}
 	errno := unix.Errno(0)

@@ -188,7 +188,8 @@ func TestSwappedUnderfoot(t *testing.T) {
 	o.check(t)
 }
 
-// TestGiveAway: what is given to the caller must be what was created for him.
+// TestGiveAway: what is given to the caller must be what was created for him. What is
+// another's is what the file system has made it, and stays so.
 func TestGiveAway(t *testing.T) {
 	s := newShare(t)
 	writeFile(t, s.path("theirs"), "x")
@@ -200,15 +201,19 @@ func TestGiveAway(t *testing.T) {
 	defer s.server.inodes.put(dir)
 	r := &request{}
 	r.UID, r.GID = 1000, 1000
-	for what, node := range map[string]newNode{
-		"a file with another name": {dir: dir, name: "name", kind: unix.S_IFREG},
-		"another type":             {dir: dir, name: "name", kind: unix.S_IFIFO},
-		"another's":                {dir: dir, name: "dir", kind: unix.S_IFDIR},
+	for what, test := range map[string]struct {
+		node newNode
+		want unix.Errno
+	}{
+		"a file with another name": {newNode{dir: dir, name: "name", kind: unix.S_IFREG}, unix.ESTALE},
+		"another type":             {newNode{dir: dir, name: "name", kind: unix.S_IFIFO}, unix.ESTALE},
+		"another's, of this type":  {newNode{dir: dir, name: "dir", kind: unix.S_IFDIR}, 0},
+		"another's":                {newNode{dir: dir, name: "dir", kind: unix.S_IFREG}, unix.ESTALE},
 	} {
-		fd, errno := openChild(dir.fd, node.name)
+		fd, errno := openChild(dir.fd, test.node.name)
 		must(t, errno)
 		var st unix.Statx_t
-		want(t, what, s.server.give(r, node, fd, &st), unix.ESTALE)
+		want(t, what, s.server.give(r, test.node, fd, &st), test.want)
 		closeFD(fd)
 	}
 	for path, uid := range map[string]uint32{"theirs": 0, "dir": 7} {
