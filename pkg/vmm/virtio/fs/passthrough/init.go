@@ -14,8 +14,10 @@ import (
 //     kernel say so, rather than hand out file handles that may not work later.
 //   - SECURITY_CTX: labels are the host's, see xattr.go.
 //   - CREATE_SUPP_GROUP: for servers that create with the caller's ids.
+//   - ASYNC_DIO: the parts of a direct write would come all at once, and with
+//     O_APPEND end up in any order; only the host knows where the end is.
 const wanted = fuse.AsyncRead | fuse.PosixLocks | fuse.AtomicOTrunc | fuse.BigWrites | fuse.DontMask |
-	fuse.FlockLocks | fuse.AutoInvalData | fuse.DoReaddirplus | fuse.ReaddirplusAuto | fuse.AsyncDIO |
+	fuse.FlockLocks | fuse.AutoInvalData | fuse.DoReaddirplus | fuse.ReaddirplusAuto |
 	fuse.ParallelDirops | fuse.PosixACL | fuse.MaxPages | fuse.CacheSymlinks | fuse.Submounts |
 	fuse.HandleKillprivV2 | fuse.SetxattrExt | fuse.InitExt | fuse.NoExportSupport | fuse.AllowIDMap
 

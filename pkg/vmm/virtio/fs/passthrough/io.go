@@ -67,10 +67,9 @@ func (s *Server) write(r *request) unix.Errno {
 		}
 	}
 	// Others may append to the file too, so where its end is only the host
-	// knows. Pages written back have their place, and so do the parts of a direct
-	// write, which may come all at once and in any order.
+	// knows. Pages written back have their place.
 	flags := 0
-	if in.Flags&unix.O_APPEND != 0 && in.Flags&unix.O_DIRECT == 0 && in.WriteFlags&fuse.WriteCache == 0 {
+	if in.Flags&unix.O_APPEND != 0 && in.WriteFlags&fuse.WriteCache == 0 {
 		flags = unix.RWF_APPEND
 	}
 	r.window = buffers.Slice(r.window[:0], r.readable, fuse.InHeaderSize+fuse.WriteInSize, uint64(size))
