@@ -34,7 +34,8 @@ mkfs.ext4 -q -F -d "$SCRATCH/disk" "$SCRATCH/disk.ext4" >&2
 
 : >"$SCRATCH/console" # tail may be there first
 # A panic resets the machine, which -no-reboot ends. A machine that powers off has stayed once in a while: it is ended when
-# it has told its result.
+# it has told its result. Both processors are emulated in one thread: with one each, now and then one executes the breakpoint of a
+# place in the kernel that the other has just patched ("Oops: int3").
 timeout --kill-after=10 $LIMIT qemu-system-x86_64 -M q35 -accel tcg,thread=single -cpu max -smp 2 -m 1024 \
 	-nodefaults -no-user-config -nographic -no-reboot -serial stdio \
 	-drive if=none,id=root,format=raw,readonly=on,file="$SCRATCH/root.erofs" -device virtio-blk-pci,drive=root,disable-legacy=on \

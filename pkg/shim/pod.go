@@ -179,15 +179,11 @@ func (p *pod) file(name string) string { return filepath.Join(p.files, "microvm-
 // Containers may write to them without a bound, and the bundle is in the memory
 // below /run, which all of the host needs.
 func (p *pod) writeFiles() error {
-	work := filepath.Join(p.bundle, "work")
-	info, err := os.Stat(work)
-	switch {
-	case err == nil && info.IsDir():
-		p.files, err = filepath.EvalSymlinks(work)
-	case errors.Is(err, fs.ErrNotExist):
-		p.files, err = p.bundle, nil
-	}
-	if err != nil {
+	var err error
+	p.files, err = filepath.EvalSymlinks(filepath.Join(p.bundle, "work"))
+	if errors.Is(err, fs.ErrNotExist) {
+		p.files = p.bundle // of a client that makes none
+	} else if err != nil {
 		return fmt.Errorf("files of the pod: %w", err)
 	}
 	hostname := p.config.GetHostname()

@@ -311,12 +311,18 @@ func TestKillIsEnforced(t *testing.T) {
 	if err := f.kill("c2", ""); err != nil {
 		t.Fatal(err)
 	}
-	for _, id := range []string{"c1", "c2"} {
+	f.expectKilled("c1", "c2")
+}
+
+// expectKilled waits for containers that were killed, and deletes them.
+func (f *fixture) expectKilled(ids ...string) {
+	f.t.Helper()
+	for _, id := range ids {
 		if code := f.wait(id, ""); code != 137 {
-			t.Errorf("%s ended with %d", id, code)
+			f.t.Errorf("%s ended with %d", id, code)
 		}
 		if err := f.delete(id, ""); err != nil {
-			t.Error(err)
+			f.t.Error(err)
 		}
 	}
 }
@@ -338,14 +344,7 @@ func TestKillOfTwoIsEnforced(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, id := range []string{"c1", "c2"} {
-		if code := f.wait(id, ""); code != 137 {
-			t.Errorf("%s ended with %d", id, code)
-		}
-		if err := f.delete(id, ""); err != nil {
-			t.Error(err)
-		}
-	}
+	f.expectKilled("c1", "c2")
 }
 
 // Of a guest that does not answer any more all containers can be killed, and
@@ -370,14 +369,7 @@ func TestKillInGuestThatHangs(t *testing.T) {
 	if err := f.kill("c1", ""); err != nil {
 		t.Errorf("SIGKILL: %v", err)
 	}
-	for _, id := range []string{"c1", "c2"} {
-		if code := f.wait(id, ""); code != 137 {
-			t.Errorf("%s ended with %d", id, code)
-		}
-		if err := f.delete(id, ""); err != nil {
-			t.Error(err)
-		}
-	}
+	f.expectKilled("c1", "c2")
 }
 
 // A VMM that does not answer any more holds up nobody for ever.
