@@ -160,17 +160,20 @@ func askToDelete(ctx context.Context, socket, id string, isSandbox bool) shimSta
 		task.Wait(ctx, &taskapi.WaitRequest{ID: id})
 	}
 	task.Delete(ctx, &taskapi.DeleteRequest{ID: id})
-	if ctx.Err() != nil && !isSandbox {
-		// Other containers run in there.
-		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTime/2)
+	if !isSandbox {
+		// The time may be over, and the shim is to hear this all the same: other
+		// containers run in there.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), askTime/2)
 		defer cancel()
-		task.Shutdown(last, &taskapi.ShutdownRequest{ID: id})
-		return shimServes
 	}
 	task.Shutdown(ctx, &taskapi.ShutdownRequest{ID: id})
 	sandboxapi.NewTTRPCSandboxClient(client).ShutdownSandbox(ctx, &sandboxapi.ShutdownSandboxRequest{SandboxID: id})
 	if ctx.Err() != nil {
-		return shimHangs
+		if isSandbox {
+			return shimHangs
+		}
+		return shimServes
 	}
 	second, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
