@@ -27,17 +27,19 @@ func (s *Server) read(r *request) unix.Errno {
 	defer func() { s.gate.GiveBack(uint64(size - r.direct)) }()
 	r.window = buffers.Slice(r.window[:0], r.writable, fuse.OutHeaderSize, uint64(size))
 	// A short reply means the end of the file to the kernel, who then takes the
-	// file for shorter: only a read of nothing is the end.
+	// file for shorter (fuse_short_read in fs/fuse/file.c): only a read of nothing is
+	// the end. An error is the whole reply, whatever was read before: the kernel then
+	// asks for what it needs page by page.
 	for window := r.window; r.direct < size; {
 		var n int
 		errno := retry(func() (err error) {
 			n, err = unix.Preadv2(h.fd, window, int64(in.Offset)+int64(r.direct), 0)
 			return err
 		})
-		if errno != 0 && r.direct == 0 {
+		if errno != 0 {
 			return errno
 		}
-		if errno != 0 || n <= 0 {
+		if n <= 0 {
 			break
 		}
 		r.direct += n

@@ -57,7 +57,7 @@ func serveInJail() {
 	failed := func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
 	var readers sync.WaitGroup
 	for range 8 {
-		readers.Go(func() { serveDevice(failed, server, fuseFD) })
+		readers.Go(func() { serveDevice(failed, server.Handle, fuseFD) })
 	}
 	readers.Wait()
 }

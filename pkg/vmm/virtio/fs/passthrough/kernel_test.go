@@ -20,10 +20,19 @@ import (
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 )
 
+// handler is Server.Handle, or what is in front of it.
+type handler func(ticket uint64, readable, writable [][]byte, later func(written uint32)) (written uint32, done bool)
+
 // mountShare mounts a server with the kernel of this machine as the client,
 // through /dev/fuse, and returns where. It is the client that a guest has, but
 // for submounts and for what virtio-fs alone does.
 func mountShare(t testing.TB, dir string, change ...func(*Config)) string {
+	t.Helper()
+	return mountBehind(t, dir, func(h handler) handler { return h }, change...)
+}
+
+// mountBehind is mountShare for a server that has something in front of it.
+func mountBehind(t testing.TB, dir string, front func(handler) handler, change ...func(*Config)) string {
 	t.Helper()
 	root, err := os.Open(dir)
 	must(t, err)
@@ -41,7 +50,7 @@ func mountShare(t testing.TB, dir string, change ...func(*Config)) string {
 		fmt.Sprintf("fd=%d,rootmode=40755,user_id=0,group_id=0,default_permissions,allow_other", fd)))
 	var readers sync.WaitGroup
 	for range 8 {
-		readers.Go(func() { serveDevice(t.Errorf, server, fd) })
+		readers.Go(func() { serveDevice(t.Errorf, front(server.Handle), fd) })
 	}
 	t.Cleanup(func() {
 		forgetAll(t, server, at)
@@ -58,7 +67,7 @@ func mountShare(t testing.TB, dir string, change ...func(*Config)) string {
 }
 
 // serveDevice answers requests until the file system is unmounted.
-func serveDevice(failed func(format string, args ...any), server *Server, fd int) {
+func serveDevice(failed func(format string, args ...any), handle handler, fd int) {
 	in, out := make([]byte, maxWrite+4096), make([]byte, maxWrite+4096)
 	for {
 		n, err := unix.Read(fd, in)
@@ -79,13 +88,28 @@ func serveDevice(failed func(format string, args ...any), server *Server, fd int
 				failed("reply to %v: %v (%x)", op, err, answer[:min(n, 64)])
 			}
 		}
-		written, done := server.Handle(0, [][]byte{in[:n]}, [][]byte{answer}, reply)
+		written, done := handle(0, [][]byte{in[:n]}, [][]byte{answer}, reply)
 		if !done { // the buffers are still needed
 			in, out = make([]byte, maxWrite+4096), make([]byte, maxWrite+4096)
 			continue
 		}
 		if written > 0 {
 			reply(written)
+		}
+	}
+}
+
+// refusing is a front that answers with an errno what refuse has one for.
+func refusing(refuse func(h fuse.InHeader, args []byte) unix.Errno) func(handler) handler {
+	return func(handle handler) handler {
+		return func(ticket uint64, readable, writable [][]byte, later func(uint32)) (uint32, bool) {
+			in := readable[0]
+			h := fuse.DecodeInHeader(in)
+			errno := refuse(h, in[fuse.InHeaderSize:])
+			if errno == 0 {
+				return handle(ticket, readable, writable, later)
+			}
+			return uint32(copy(writable[0], fuse.OutHeader{Len: fuse.OutHeaderSize, Error: -int32(errno), Unique: h.Unique}.Append(nil))), true
 		}
 	}
 }
@@ -233,5 +257,47 @@ func TestDirectAppend(t *testing.T) {
 			t.Errorf("%d bytes, in the order %s", len(got), order)
 		}
 		must(t, os.Remove(name))
+	}
+}
+
+// A volume of the host's with a bad place: to who reads the file it is an error, and
+// not the end.
+func TestReadError(t *testing.T) {
+	const size, bad = 1 << 20, 300 << 10
+	dir := tempDir(t)
+	contents := bytes.Repeat([]byte("0123456789abcdef"), size/16)
+	must(t, os.WriteFile(filepath.Join(dir, "file"), contents, 0o644))
+	volume := mountBehind(t, dir, refusing(func(h fuse.InHeader, args []byte) unix.Errno {
+		if h.Opcode == fuse.Read {
+			if in := fuse.DecodeReadIn(args); in.Offset+uint64(in.Size) > bad {
+				return unix.EIO
+			}
+		}
+		return 0
+	}))
+	share := mountShare(t, volume)
+	buf, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	must(t, err)
+	defer unix.Munmap(buf)
+	for _, flags := range []int{0, unix.O_DIRECT} {
+		for _, piece := range []int{4 << 10, 64 << 10, size} {
+			fd, err := unix.Open(filepath.Join(share, "file"), unix.O_RDONLY|flags, 0)
+			must(t, err)
+			at := 0
+			for {
+				var n int
+				if n, err = unix.Pread(fd, buf[:piece], int64(at)); n <= 0 {
+					break
+				}
+				if !bytes.Equal(buf[:n], contents[at:at+n]) {
+					t.Fatalf("%d bytes at %d are not what is there", n, at)
+				}
+				at += n
+			}
+			must(t, unix.Close(fd))
+			if err != unix.EIO || at > bad {
+				t.Errorf("flags %#x, by %d bytes: %d bytes, then %v", flags, piece, at, err)
+			}
+		}
 	}
 }
