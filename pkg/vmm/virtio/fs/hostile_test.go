@@ -82,6 +82,7 @@ var victim = virtiotest.Victim{
 	Works: func(t testing.TB, d *virtiotest.Driver) {
 		guest := guestOn(t, d, firstQueue)
 		guest.Init()
+		guest.Unlink(fuse.RootID, "mine") // of the time before
 		e, fh, errno := guest.Create(fuse.RootID, "mine", unix.O_RDWR, 0o600, 0)
 		if errno != 0 {
 			t.Fatal(errno)

@@ -306,8 +306,11 @@ func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, fl
 		node.own, errno = s.orAsOther(r, node.dir, in.Umask, s.threads.withUmask(in.Umask, make), make)
 		return errno
 	})
-	if errno == unix.EEXIST && name != "" && in.Flags&unix.O_EXCL == 0 {
-		return s.createExisting(r, in, node.dir, name)
+	if errno == unix.EEXIST && in.Flags&unix.O_EXCL == 0 {
+		// It has appeared since the guest looked. The guest shall look again, and
+		// check what it finds: of what CREATE opens it checks nothing (FMODE_CREATED
+		// in fuse_create_open).
+		return unix.ESTALE
 	}
 	if errno != 0 {
 		return errno
@@ -337,36 +340,8 @@ func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, fl
 		s.discard(node)
 		return errno
 	}
-	return s.replyCreated(r, node.dir, name, &st, &handle{node: n, fd: fd, writable: writable(in.Flags)})
-}
-
-// createExisting opens a file that has appeared since the guest looked.
-func (s *Server) createExisting(r *request, in *fuse.CreateIn, dir *inode, name string) unix.Errno {
-	var st unix.Statx_t
-	n, errno := s.find(dir, name, &st)
-	if errno != 0 {
-		return errno
-	}
-	var h *handle
-	if n.kind != unix.S_IFREG {
-		errno = unix.ESTALE // the guest shall look again
-	} else if h, errno = s.openNode(n, in.Flags, in.OpenFlags); errno == 0 {
-		if errno = statFD(h.fd, &st); errno != 0 { // again: O_TRUNC
-			closeFD(h.fd)
-		}
-	}
-	if errno != 0 {
-		s.inodes.put(n)
-		s.inodes.forget(n.id, 1)
-		return errno
-	}
-	return s.replyCreated(r, dir, name, &st, h)
-}
-
-// replyCreated replies with a node that was just looked up and its handle, which
-// becomes the guest's.
-func (s *Server) replyCreated(r *request, dir *inode, name string, st *unix.Statx_t, h *handle) unix.Errno {
-	entry := s.entryOf(h.node, st, dir, name)
+	entry := s.entryOf(n, &st, node.dir, name)
+	h := &handle{node: n, fd: fd, writable: writable(in.Flags)}
 	if errno := s.handles.add(h); errno != 0 {
 		s.inodes.forget(entry.NodeID, 1)
 		return errno

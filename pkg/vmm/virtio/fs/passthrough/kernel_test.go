@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -299,5 +300,48 @@ func TestReadError(t *testing.T) {
 				t.Errorf("flags %#x, by %d bytes: %d bytes, then %v", flags, piece, at, err)
 			}
 		}
+	}
+}
+
+// A file that somebody else makes just before CREATE is opened as any other is: with
+// a look at whose it is.
+func TestCreateOfWhatHasAppeared(t *testing.T) {
+	must(t, os.Chmod(scratch, 0o755))
+	dir := tempDir(t)
+	must(t, os.Chmod(dir, 0o1777))
+	modes := map[string]os.FileMode{"secret": 0o600, "public": 0o666}
+	share := mountBehind(t, dir, refusing(func(h fuse.InHeader, args []byte) unix.Errno {
+		if h.Opcode == fuse.Create {
+			name := string(bytes.TrimRight(args[fuse.CreateInSize:], "\x00"))
+			if err := os.WriteFile(filepath.Join(dir, name), []byte("root's"), modes[name]); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		return 0
+	}))
+	open := func(name string) (fd int, err error) {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			runtime.LockOSThread() // for good: these ids are the thread's
+			if _, err = unix.SetfsgidRetGid(1000); err == nil {
+				_, err = unix.SetfsuidRetUid(1000)
+			}
+			if err == nil {
+				fd, err = unix.Open(filepath.Join(share, name), unix.O_CREAT|unix.O_RDWR, 0o644)
+			}
+		}()
+		<-done
+		return fd, err
+	}
+	if _, err := open("secret"); err != unix.EACCES {
+		t.Errorf("a file that only root may open: %v", err)
+	}
+	fd, err := open("public")
+	must(t, err)
+	defer unix.Close(fd)
+	var buf [10]byte
+	if n, err := unix.Pread(fd, buf[:], 0); err != nil || string(buf[:n]) != "root's" {
+		t.Errorf("a file that all may open: %q, %v", buf[:n], err)
 	}
 }
