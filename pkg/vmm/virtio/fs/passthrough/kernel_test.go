@@ -261,6 +261,40 @@ func TestDirectAppend(t *testing.T) {
 	}
 }
 
+// Two who append to a file by turns, through mounts of their own, lose nothing: the
+// kernel of neither knows where the end is.
+func TestAppendOfTwo(t *testing.T) {
+	const size, rounds = 4096, 5
+	buf, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	must(t, err)
+	defer unix.Munmap(buf)
+	for _, direct := range []int{0, unix.O_DIRECT} {
+		dir := tempDir(t)
+		var fds []int
+		for _, flags := range []int{direct, 0} {
+			fd, err := unix.Open(filepath.Join(mountShare(t, dir), "log"), unix.O_CREAT|unix.O_WRONLY|unix.O_APPEND|flags, 0o644)
+			must(t, err)
+			defer unix.Close(fd)
+			fds = append(fds, fd)
+		}
+		var expected []byte
+		for range rounds {
+			for i, fd := range fds {
+				copy(buf, bytes.Repeat([]byte{byte('a' + i)}, size))
+				if n, err := unix.Write(fd, buf); err != nil || n != size {
+					t.Fatalf("wrote %d bytes, %v", n, err)
+				}
+				expected = append(expected, buf...)
+			}
+		}
+		got, err := os.ReadFile(filepath.Join(dir, "log"))
+		must(t, err)
+		if !bytes.Equal(got, expected) {
+			t.Errorf("flags %#x: of %d bytes there are %d, or not in order", direct, len(expected), len(got))
+		}
+	}
+}
+
 // A volume of the host's with a bad place: to who reads the file it is an error, and
 // not the end.
 func TestReadError(t *testing.T) {
