@@ -9,12 +9,13 @@ import (
 
 // handle is an open file or directory.
 type handle struct {
-	id       uint64
-	node     *inode // pinned
-	fd       int
-	writable bool
-	dir      *dirStream  // nil for files
-	locked   atomic.Bool // POSIX or OFD locks were set through it
+	id         uint64
+	node       *inode // pinned
+	fd         int
+	writable   bool
+	appendOnly bool        // fd has O_APPEND, because the host permits nothing else
+	dir        *dirStream  // nil for files
+	locked     atomic.Bool // POSIX or OFD locks were set through it
 
 	refs int // the table's and that of each request; protected by handleTable.mu
 }

@@ -74,6 +74,9 @@ func (s *Server) write(r *request) unix.Errno {
 	if in.Flags&unix.O_APPEND != 0 && in.WriteFlags&fuse.WriteCache == 0 {
 		flags = unix.RWF_APPEND
 	}
+	if h.appendOnly && flags&unix.RWF_APPEND == 0 {
+		return unix.EPERM // it would be appended; the host permits neither a mapping nor that
+	}
 	r.window = buffers.Slice(r.window[:0], r.readable, fuse.InHeaderSize+fuse.WriteInSize, uint64(size))
 	written := 0
 	for window := r.window; written < size; {

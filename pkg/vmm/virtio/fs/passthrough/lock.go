@@ -181,12 +181,18 @@ func (s *Server) setPosixLock(req *lockRequest) unix.Errno {
 		return unix.EBADF
 	}
 	h.locked.Store(true)
+	open := func(flags int) (int, unix.Errno) {
+		if h.appendOnly {
+			flags |= unix.O_APPEND
+		}
+		return s.reopen(h.node, flags)
+	}
 	for {
 		o, errno := s.locks.owner(req)
 		if errno != 0 {
 			return errno
 		}
-		errno = o.ensure(h.writable, func(flags int) (int, unix.Errno) { return s.reopen(h.node, flags) })
+		errno = o.ensure(h.writable, open)
 		if errno == 0 {
 			errno = o.set(req.lock)
 		}

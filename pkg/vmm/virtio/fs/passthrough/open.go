@@ -9,7 +9,7 @@ import (
 // openFlags are the flags with which the host's file is opened for the guest's.
 //
 // Not among them: O_APPEND, because the kernel writes mapped pages back through
-// any handle, which would then append them (see write); O_DIRECT, because the
+// any handle, which would then append them (but see openNode); O_DIRECT, because the
 // guest's buffers need not be aligned as the host's disk wants it; everything
 // that has been dealt with when the node was looked up or created.
 func openFlags(flags uint32) (int, unix.Errno) {
@@ -55,11 +55,18 @@ func (s *Server) openNode(n *inode, guestFlags, fuseFlags uint32) (*handle, unix
 			return nil, errno
 		}
 	}
-	fd, errno := s.reopen(n, flags)
+	h := &handle{node: n, writable: writable(guestFlags)}
+	h.fd, errno = s.reopen(n, flags)
+	if errno == unix.EPERM && guestFlags&unix.O_APPEND != 0 {
+		// An append-only file (chattr +a) is opened for writing with O_APPEND or not at
+		// all. Everything that is written through this descriptor is appended.
+		h.appendOnly = true
+		h.fd, errno = s.reopen(n, flags|unix.O_APPEND)
+	}
 	if errno != 0 {
 		return nil, errno
 	}
-	return &handle{node: n, fd: fd, writable: writable(guestFlags)}, 0
+	return h, 0
 }
 
 func (s *Server) open(r *request) unix.Errno {
