@@ -129,22 +129,33 @@ func (s *Server) setattr(r *request) unix.Errno {
 	if errno != 0 {
 		return errno
 	}
-	defer s.inodes.put(n)
+	try := func() unix.Errno { return s.setAttributes(r, n, &in) }
+	finish := func(errno unix.Errno) unix.Errno {
+		s.inodes.put(n)
+		return errno
+	}
+	if in.Valid&(fuse.FattrSize|fuse.FattrFH) == fuse.FattrSize {
+		return s.untilFree(r, leasePatience, try, finish) // the file is opened: see openFile
+	}
+	return finish(try())
+}
+
+func (s *Server) setAttributes(r *request, n *inode, in *fuse.SetattrIn) (errno unix.Errno) {
 	// The owner first: the host clears set-id bits with it, which a mode of the
 	// same request puts back. The kernel sends a request without any attribute
 	// only for chown(-1, -1), which clears them too.
 	const attributes = fuse.FattrMode | fuse.FattrUID | fuse.FattrGID | fuse.FattrSize | fuse.FattrAtime | fuse.FattrMtime
 	if in.Valid&(fuse.FattrUID|fuse.FattrGID) != 0 || in.Valid&attributes == 0 {
-		errno = s.setOwner(n, &in)
+		errno = s.setOwner(n, in)
 	}
 	if errno == 0 && in.Valid&fuse.FattrMode != 0 {
 		errno = s.setMode(n, in.Mode)
 	}
 	if errno == 0 && in.Valid&fuse.FattrSize != 0 {
-		errno = s.setSize(n, &in)
+		errno = s.setSize(n, in)
 	}
 	if errno == 0 && in.Valid&(fuse.FattrAtime|fuse.FattrMtime) != 0 {
-		errno = setTimes(n, &in)
+		errno = setTimes(n, in)
 	}
 	if errno != 0 {
 		return errno

@@ -82,7 +82,7 @@ var operations = [fuse.MaxOpcode]operation{
 //
 // It returns the number of bytes written, which is 0 for requests without a
 // reply and for those too short to be answered. done == false says that the
-// request waits for a lock: later is then called when it is complete, from
+// request waits for a lock or a lease: later is then called when it is complete, from
 // another goroutine. Handle may be called concurrently, and blocks as long as
 // the host's file system does.
 func (s *Server) Handle(ticket uint64, readable, writable [][]byte, later func(written uint32)) (written uint32, done bool) {

@@ -2,6 +2,7 @@ package passthrough
 
 import (
 	"math"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -104,29 +105,39 @@ func (s *Server) setlk(r *request) unix.Errno {
 	return errno
 }
 
-// setlkw waits for the lock, in a goroutine: a worker cannot be spared as long
-// as the guest likes. Linux sends no INTERRUPT over virtio-fs, so a process of
-// the guest's that waits here cannot be killed until the lock is free or the
-// device is reset.
+// setlkw waits for the lock.
 func (s *Server) setlkw(r *request) unix.Errno {
 	req, errno := s.decodeLock(r)
 	if errno != 0 {
 		return errno
 	}
-	if errno = s.setLock(&req); errno != unix.EAGAIN {
+	return s.untilFree(r, 0, func() unix.Errno { return s.setLock(&req) }, func(errno unix.Errno) unix.Errno {
 		s.handles.put(req.handle)
 		return errno
-	}
-	errno = s.locks.wait(r.Unique, func() unix.Errno { return s.setLock(&req) }, func(errno unix.Errno) {
-		s.handles.put(req.handle)
-		s.complete(r, errno)
 	})
+}
+
+// untilFree ends the request with what finish makes of try's errno. If that is EAGAIN
+// try is called again until it is not, or patience (0 is without end) is at its end,
+// in a goroutine: a worker cannot be spared as long as others like. Linux sends no
+// INTERRUPT over virtio-fs, so a process of the guest's that waits here cannot be
+// killed until what it waits for is free or the device is reset.
+func (s *Server) untilFree(r *request, patience time.Duration, try func() unix.Errno, finish func(unix.Errno) unix.Errno) unix.Errno {
+	errno := try()
+	if errno != unix.EAGAIN {
+		return finish(errno)
+	}
+	errno = s.locks.wait(r.Unique, patience, try, func(errno unix.Errno) { s.complete(r, finish(errno)) })
 	if errno != 0 {
-		s.handles.put(req.handle)
-		return errno
+		return finish(errno)
 	}
 	return pending
 }
+
+// leasePatience is how long an open waits for a lease. The host takes it from its
+// holder itself, after /proc/sys/fs/lease-break-time, which is 45 seconds unless
+// somebody has changed it.
+const leasePatience = time.Minute
 
 func (s *Server) interrupt(r *request) unix.Errno {
 	s.locks.interrupt(fuse.DecodeUint64(r.args))

@@ -132,7 +132,7 @@ func (o *lockOwner) drop() {
 }
 
 // lockTable holds the owners of POSIX and OFD locks, and what waits for locks
-// of any kind. Its methods may be called concurrently.
+// of any kind, and for leases. Its methods may be called concurrently.
 type lockTable struct {
 	maxOwners, maxWaits int
 	waiting             sync.WaitGroup
@@ -248,17 +248,17 @@ func (t *lockTable) notify() {
 	}
 }
 
-// Locks can also be held by others, whose unlocking nobody tells us of: a wait
-// looks by itself, less and less often.
+// Locks and leases can also be held by others, whose unlocking nobody tells us of: a
+// wait looks by itself, less and less often.
 const (
 	firstLook = 5 * time.Millisecond
 	lastLook  = 250 * time.Millisecond
 )
 
-// wait calls try until it returns something else than EAGAIN, and then done. It
-// returns at once, with an error if too many are waiting: done is not called
-// then.
-func (t *lockTable) wait(unique uint64, try func() unix.Errno, done func(unix.Errno)) unix.Errno {
+// wait calls try until it returns something else than EAGAIN, or patience, unless it
+// is 0, is at its end, and then done. It returns at once, with an error if too many
+// are waiting: done is not called then.
+func (t *lockTable) wait(unique uint64, patience time.Duration, try func() unix.Errno, done func(unix.Errno)) unix.Errno {
 	interrupted := make(chan struct{})
 	t.mu.Lock()
 	if _, taken := t.waits[unique]; taken || len(t.waits) >= t.maxWaits {
@@ -274,6 +274,10 @@ func (t *lockTable) wait(unique uint64, try func() unix.Errno, done func(unix.Er
 		timer := time.NewTimer(firstLook)
 		defer timer.Stop()
 		look := firstLook
+		var expired <-chan time.Time
+		if patience > 0 {
+			expired = time.After(patience)
+		}
 		for {
 			t.mu.Lock()
 			changed := t.changed
@@ -287,10 +291,12 @@ func (t *lockTable) wait(unique uint64, try func() unix.Errno, done func(unix.Er
 					look = min(2*look, lastLook)
 					timer.Reset(look)
 					continue
+				case <-expired:
 				case <-interrupted:
+					errno = unix.EINTR
 				case <-stop:
+					errno = unix.EINTR
 				}
-				errno = unix.EINTR
 			}
 			t.mu.Lock()
 			delete(t.waits, unique)

@@ -78,10 +78,9 @@ func (s *Server) open(r *request) unix.Errno {
 	if errno != 0 {
 		return errno
 	}
-	var h *handle
 	switch n.kind {
 	case unix.S_IFREG:
-		h, errno = s.openNode(n, in.Flags, in.OpenFlags)
+		return s.openFile(r, &in, n)
 	case unix.S_IFDIR:
 		errno = unix.EISDIR
 	case unix.S_IFLNK:
@@ -89,15 +88,33 @@ func (s *Server) open(r *request) unix.Errno {
 	default: // what it stands for is the guest's own
 		errno = unix.ENXIO
 	}
-	if errno != 0 {
-		s.inodes.put(n)
+	s.inodes.put(n)
+	return errno
+}
+
+// openFile opens n, a regular file whose pin becomes the handle's. It waits for a
+// lease of the host's, as the host does, unless the guest says otherwise.
+func (s *Server) openFile(r *request, in *fuse.OpenIn, n *inode) unix.Errno {
+	var h *handle
+	try := func() (errno unix.Errno) {
+		h, errno = s.openNode(n, in.Flags, in.OpenFlags)
 		return errno
 	}
-	if errno := s.handles.add(h); errno != 0 {
-		return errno
+	finish := func(errno unix.Errno) unix.Errno {
+		if errno != 0 {
+			s.inodes.put(n)
+			return errno
+		}
+		if errno := s.handles.add(h); errno != 0 {
+			return errno
+		}
+		r.reply = fuse.AppendOpenOut(r.reply, h.id, s.keepCache())
+		return 0
 	}
-	r.reply = fuse.AppendOpenOut(r.reply, h.id, s.keepCache())
-	return 0
+	if in.Flags&unix.O_NONBLOCK != 0 {
+		return finish(try())
+	}
+	return s.untilFree(r, leasePatience, try, finish)
 }
 
 func (s *Server) releaseFile(r *request) unix.Errno {

@@ -58,7 +58,7 @@ type Limits struct {
 	// hand, with those that are in use. Zero is a quarter of Descriptors, but at
 	// most 16384.
 	Nodes int
-	// LockWaits is the number of requests that may wait for a lock. Zero is 256.
+	// LockWaits is the number of requests that may wait for a lock or a lease. Zero is 256.
 	LockWaits int
 	// Threads is the number of threads for xattrs and for creating files, which
 	// start when they are needed. Zero is 16.
@@ -197,7 +197,7 @@ func openRoot(given *os.File) (int, error) {
 	return unix.Openat(int(given.Fd()), ".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 }
 
-// Cancel makes every request that waits for a lock or for the limit fail with
+// Cancel makes every request that waits for a lock, a lease or the limit fail with
 // EINTR, and those that would, until Reset.
 func (s *Server) Cancel() {
 	s.locks.cancel()
@@ -205,7 +205,7 @@ func (s *Server) Cancel() {
 }
 
 // Reset ends the guest's session: everything it held is released. No request
-// may be under way, except those that wait for locks.
+// may be under way, except those that wait for locks or leases.
 func (s *Server) Reset() {
 	s.Cancel()
 	s.locks.waiting.Wait()

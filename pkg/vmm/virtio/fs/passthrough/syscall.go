@@ -85,7 +85,7 @@ type procDir int
 // O_PATH.
 func (p procDir) open(fd, flags int) (opened int, errno unix.Errno) {
 	errno = retry(func() (err error) {
-		// O_NONBLOCK: a lease of the host's must not block a worker.
+		// O_NONBLOCK: a lease of the host's must not block a worker, see untilFree.
 		opened, err = unix.Openat(int(p), strconv.Itoa(fd), flags|unix.O_CLOEXEC|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
 		return err
 	})
