@@ -12,8 +12,8 @@ import (
 // can be told apart in one of the guest's.
 //
 // The guest's kernel makes a directory that is a mount point the root of a
-// device of its own (SUBMOUNTS). A file that is one, or that overlayfs takes
-// from a layer on another disk, stays on its directory's device: there its
+// device of its own, if it has SUBMOUNTS. A file that is one, or that overlayfs
+// takes from a layer on another disk, stays on its directory's device: there its
 // number could be another file's, and tools would take both for hard links.
 type deviceTable struct {
 	mu      sync.Mutex
@@ -61,7 +61,7 @@ func (s *Server) attrOf(n *inode, st *unix.Statx_t) fuse.Attr {
 const versionLink = "..data"
 
 // entryOf tells of n, which st describes, found in dir under the name.
-func (s *Server) entryOf(n *inode, st *unix.Statx_t, dir *inode, name string) fuse.EntryOut {
+func (s *Server) entryOf(r *request, n *inode, st *unix.Statx_t, dir *inode, name string) fuse.EntryOut {
 	e := fuse.EntryOut{NodeID: n.id, EntryValid: s.entryTimeout, AttrValid: s.attrTimeout, Attr: s.attrOf(n, st)}
 	if n.kind == unix.S_IFLNK && name == versionLink {
 		// The guest asks each time. A link that it believes, to a directory whose
@@ -69,7 +69,7 @@ func (s *Server) entryOf(n *inode, st *unix.Statx_t, dir *inode, name string) fu
 		// link is asked for as well.
 		e.EntryValid = fuse.Time{}
 	}
-	if n.kind == unix.S_IFDIR && (n.key.mnt != dir.key.mnt || n.key.dev != dir.key.dev) {
+	if r.features&fuse.Submounts != 0 && n.kind == unix.S_IFDIR && (n.key.mnt != dir.key.mnt || n.key.dev != dir.key.dev) {
 		e.Attr.Flags |= fuse.AttrSubmount
 	}
 	return e

@@ -82,7 +82,7 @@ func (s *Server) newEntry(r *request, node newNode, umask uint32, create func(di
 		return errno
 	}
 	defer s.inodes.put(n)
-	entry := s.entryOf(n, &st, node.dir, node.name)
+	entry := s.entryOf(r, n, &st, node.dir, node.name)
 	r.reply = entry.Append(r.reply)
 	return 0
 }
@@ -251,7 +251,7 @@ func (s *Server) link(r *request) unix.Errno {
 	if errno != 0 {
 		return errno
 	}
-	entry := s.entryOf(n, &st, dir, name)
+	entry := s.entryOf(r, n, &st, dir, name)
 	r.reply = entry.Append(r.reply)
 	return 0
 }
@@ -340,7 +340,7 @@ func (s *Server) createFile(r *request, in *fuse.CreateIn, path, name string, fl
 		s.discard(node)
 		return errno
 	}
-	entry := s.entryOf(n, &st, node.dir, name)
+	entry := s.entryOf(r, n, &st, node.dir, name)
 	h := &handle{node: n, fd: fd, writable: writable(in.Flags)}
 	if errno := s.handles.add(h); errno != 0 {
 		s.inodes.forget(entry.NodeID, 1)

@@ -145,7 +145,7 @@ func (s *Server) readdir(r *request) unix.Errno {
 // descriptors if and when the guest uses them.
 func (s *Server) readdirplus(r *request) unix.Errno {
 	return s.list(r, func(out *fuse.Dirent, h *handle, e dirent) {
-		entry := s.lookupEntry(h.node, e)
+		entry := s.lookupEntry(r, h.node, e)
 		if entry.NodeID != 0 {
 			out.Ino = entry.Attr.Ino
 		}
@@ -196,7 +196,7 @@ func (s *Server) list(r *request, emit func(out *fuse.Dirent, h *handle, e diren
 
 // lookupEntry looks up e, of dir. An entry with node id 0 tells the kernel that
 // it has to ask again if it is interested.
-func (s *Server) lookupEntry(dir *inode, e dirent) fuse.EntryOut {
+func (s *Server) lookupEntry(r *request, dir *inode, e dirent) fuse.EntryOut {
 	name := string(e.name)
 	if name == "." || name == ".." {
 		return fuse.EntryOut{}
@@ -209,5 +209,5 @@ func (s *Server) lookupEntry(dir *inode, e dirent) fuse.EntryOut {
 	if errno != 0 {
 		return fuse.EntryOut{}
 	}
-	return s.entryOf(n, &st, dir, name)
+	return s.entryOf(r, n, &st, dir, name)
 }

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse/fusetest"
 )
 
 // outside is a directory that no guest may reach, with a file in it.
@@ -256,6 +257,13 @@ func TestSubmounts(t *testing.T) {
 			t.Errorf("%s is no submount: %+v, %+v", name, e.Attr, plus[name].Attr)
 		}
 	}
+	// A kernel that has not offered them takes the flag for another node.
+	_, errno = s.InitWith(fuse.MajorVersion, fuse.MinorVersion, fusetest.KernelFlags&^fuse.Submounts)
+	must(t, errno)
+	if e := s.mustLookup(t, root, "mount"); e.Attr.Flags&fuse.AttrSubmount != 0 {
+		t.Errorf("a submount, which was not negotiated: %+v", e.Attr)
+	}
+	s.Init()
 	mount := s.mustLookup(t, root, "mount")
 	if mount.NodeID == before.NodeID {
 		t.Error("a mount point is the node that it covers")

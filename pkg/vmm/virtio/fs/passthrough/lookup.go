@@ -48,7 +48,7 @@ func (s *Server) replyEntry(r *request, dir *inode, name string) unix.Errno {
 		}
 		defer s.inodes.put(n)
 	}
-	entry := s.entryOf(n, &st, dir, name)
+	entry := s.entryOf(r, n, &st, dir, name)
 	r.reply = entry.Append(r.reply)
 	return 0
 }
