@@ -84,7 +84,7 @@ host_promises() {
 		= Nothing that a guest may write to is on the way to what the shim mounts
 		pkg/shim/share TestLayersAreOutOfReach TestRootfsOfLayers
 		= What a guest makes the file server hold is bounded
-		pkg/vmm/virtio/fs/passthrough TestNodeLimit TestHandleLimit TestLockLimit TestDescriptorLimit
+		pkg/vmm/virtio/fs/passthrough TestNodeLimit TestHandleLimit TestLockLimit TestDescriptorLimit TestVolumeHangs
 		= With rate limits, a guest's devices together get no more through than the limit, whatever they are sent
 		pkg/vmm/ratelimit TestTake TestShared TestClose FuzzLimiter
 		pkg/vmm/virtio/blk TestLimit TestLimitShared TestLimitReset

@@ -31,8 +31,10 @@ const (
 	tagSize    = 36
 	configSize = tagSize + 4
 
-	maxQueues      = 64
-	defaultWorkers = 16
+	maxQueues = 64
+	// Three volumes that hang, with 20 requests each (passthrough.Limits.PerMount),
+	// leave some.
+	defaultWorkers = 64
 )
 
 // Config describes a Device.
@@ -54,7 +56,7 @@ type Config struct {
 	// Queues is the number of request queues, 1 if zero. Linux uses one for
 	// each of its CPUs, at most.
 	Queues int
-	// Workers is the number of goroutines that serve each request queue, 16 if
+	// Workers is the number of goroutines that serve each request queue, 64 if
 	// zero: as many requests may be blocked in the host's file system at a time.
 	Workers int
 	// Limits bounds what the guest can make the server hold.

@@ -81,60 +81,101 @@ var operations = [fuse.MaxOpcode]operation{
 // they may change at any time, and are used until the request is complete.
 //
 // It returns the number of bytes written, which is 0 for requests without a
-// reply and for those too short to be answered. done == false says that the
-// request waits for a lock or a lease: later is then called when it is complete, from
-// another goroutine. Handle may be called concurrently, and blocks as long as
-// the host's file system does.
+// reply and for those too short to be answered. done == false says that later is
+// called, or was, when the request is complete: it waits for a lock, a lease or its
+// turn, or others had waited for theirs, which were then served in its stead. Handle
+// may be called concurrently, and blocks as long as the host's file system does.
 func (s *Server) Handle(ticket uint64, readable, writable [][]byte, later func(written uint32)) (written uint32, done bool) {
-	defer s.releases.end(ticket)
 	r := requests.Get().(*request)
-	r.readable, r.writable, r.later = readable, writable, later
-	errno := s.serve(r, ticket)
-	if errno == pending {
+	r.ticket, r.readable, r.writable, r.later = ticket, readable, writable, later
+	if !s.decode(r) {
+		return s.finish(r, 0), true
+	}
+	key, counts := s.turnOf(r)
+	if !counts {
+		return s.serve(r)
+	}
+	if now, errno := s.turns.begin(key, r); errno != 0 {
+		return s.finish(r, errno), true
+	} else if !now {
 		return 0, false
 	}
+	written, done = s.serve(r)
+	for next := s.turns.end(key); next != nil; next = s.turns.end(key) {
+		if done {
+			later(written)
+			done = false
+		}
+		nextLater := next.later
+		if written, done := s.serve(next); done {
+			nextLater(written)
+		}
+	}
+	return written, done
+}
+
+// serve serves a request, and says what Handle does.
+func (s *Server) serve(r *request) (written uint32, done bool) {
+	if errno := s.dispatch(r); errno != pending {
+		return s.finish(r, errno), true
+	}
+	return 0, false
+}
+
+// finish ends a request, and returns the number of bytes written.
+func (s *Server) finish(r *request, errno unix.Errno) (written uint32) {
+	s.releases.end(r.ticket)
 	if !r.silent {
 		written = r.finish(errno)
 	}
 	r.recycle()
-	return written, true
+	return written
 }
 
-// complete ends a request whose handler returned pending.
+// complete ends a request that Handle has said to be not done.
 func (s *Server) complete(r *request, errno unix.Errno) {
-	written, later := r.finish(errno), r.later
-	r.recycle()
-	later(written)
+	later := r.later
+	later(s.finish(r, errno))
 }
 
-// serve checks the shape of a request and calls its handler.
-func (s *Server) serve(r *request, ticket uint64) unix.Errno {
+// operation is how r is served, if it is.
+func (r *request) operation() operation {
+	if r.Opcode < fuse.MaxOpcode {
+		return operations[r.Opcode]
+	}
+	return operation{}
+}
+
+// decode decodes a request's header, and says whether the request can be answered, or
+// is not to be.
+func (s *Server) decode(r *request) bool {
+	r.silent = true
 	var header [fuse.InHeaderSize]byte
 	if buffers.CopyFrom(r.readable, header[:], 0) < len(header) {
 		s.complain(complainShape, "the guest sent a request without a header")
-		r.silent = true
-		return 0
+		return false
 	}
 	r.InHeader = fuse.DecodeInHeader(header[:])
+	if r.operation().flags&noReply != 0 {
+		return true
+	}
+	space := buffers.Len(r.writable)
+	if space < fuse.OutHeaderSize {
+		s.complain(complainShape, "the guest left no room for a reply", "opcode", r.Opcode)
+		return false
+	}
+	r.silent, r.room = false, int(space)-fuse.OutHeaderSize
+	return true
+}
+
+// dispatch checks the shape of a request and calls its handler.
+func (s *Server) dispatch(r *request) unix.Errno {
 	if r.Opcode != fuse.Release {
 		// What has become of a RELEASE may be what awaits RELEASEs: it would wait for
 		// itself.
-		s.releases.end(ticket)
+		s.releases.end(r.ticket)
 	}
-	var op operation
-	if r.Opcode < fuse.MaxOpcode {
-		op = operations[r.Opcode]
-	}
-	space := buffers.Len(r.writable)
-	if op.flags&noReply != 0 {
-		r.silent = true
-	} else if space < fuse.OutHeaderSize {
-		s.complain(complainShape, "the guest left no room for a reply", "opcode", r.Opcode)
-		r.silent = true
-		return 0
-	} else {
-		r.room = int(space) - fuse.OutHeaderSize
-	}
+	op := r.operation()
 	if op.serve == nil {
 		// The kernel does without. ACCESS is not sent with default_permissions,
 		// SETUPMAPPING not without a DAX window; POLL and BMAP have no sense here.

@@ -27,6 +27,8 @@ const (
 // request is one request and its reply. It is one goroutine's.
 type request struct {
 	fuse.InHeader
+	// ticket is what Arrive returned for it.
+	ticket uint64
 	// args is a copy of what follows the header, without extensions, and for
 	// WRITE without the data.
 	args []byte

@@ -61,8 +61,12 @@ type Limits struct {
 	// LockWaits is the number of requests that may wait for a lock or a lease. Zero is 256.
 	LockWaits int
 	// Threads is the number of threads for xattrs and for creating files, which
-	// start when they are needed. Zero is 16.
+	// start when they are needed. Zero is 64.
 	Threads int
+	// PerMount is the number of requests that are served at a time on one mount of
+	// the host's; RELEASEs, a quarter of that, are counted apart. The others wait. Zero
+	// is 16.
+	PerMount int
 }
 
 func (l Limits) withDefaults() (Limits, error) {
@@ -73,7 +77,10 @@ func (l Limits) withDefaults() (Limits, error) {
 		l.LockWaits = 256
 	}
 	if l.Threads == 0 {
-		l.Threads = 16
+		l.Threads = 64
+	}
+	if l.PerMount == 0 {
+		l.PerMount = 16
 	}
 	if l.Descriptors == 0 {
 		var limit unix.Rlimit
@@ -85,7 +92,7 @@ func (l Limits) withDefaults() (Limits, error) {
 	if l.Nodes == 0 {
 		l.Nodes = min(l.Descriptors/4, 16384)
 	}
-	if l.Inodes < 2 || l.Nodes < 1 || l.Nodes > l.Descriptors/2 || l.LockWaits < 1 || l.Threads < 1 || l.Descriptors < 64 {
+	if l.Inodes < 2 || l.Nodes < 1 || l.Nodes > l.Descriptors/2 || l.LockWaits < 1 || l.Threads < 1 || l.PerMount < 1 || l.Descriptors < 64 {
 		return l, fmt.Errorf("limits are too small: %+v", l)
 	}
 	return l, nil
@@ -111,6 +118,7 @@ type Server struct {
 	devices deviceTable
 	// releases are the RELEASE requests that have arrived.
 	releases order
+	turns    turns
 
 	session atomic.Pointer[session] // nil before INIT
 	syncing sync.Mutex              // one SYNCFS at a time
@@ -160,6 +168,7 @@ func New(c Config) (*Server, error) {
 	}
 	s.handles = newHandleTable(s.inodes, (limits.Descriptors-limits.Nodes-owners)/2)
 	s.locks = newLockTable(owners, limits.LockWaits)
+	s.turns = turns{max: limits.PerMount, by: map[turnKey]turn{}}
 	if s.threads, err = newThreads(proc, limits.Threads); err != nil {
 		closeFD(proc)
 		closeFD(root)
@@ -197,11 +206,14 @@ func openRoot(given *os.File) (int, error) {
 	return unix.Openat(int(given.Fd()), ".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 }
 
-// Cancel makes every request that waits for a lock, a lease or the limit fail with
-// EINTR, and those that would, until Reset.
+// Cancel makes every request that waits for a lock, a lease, its turn or the limit
+// fail with EINTR, and those that would, until Reset.
 func (s *Server) Cancel() {
 	s.locks.cancel()
 	s.gate.Close()
+	for _, r := range s.turns.cancel() {
+		s.complete(r, unix.EINTR)
+	}
 }
 
 // Reset ends the guest's session: everything it held is released. No request
@@ -212,6 +224,7 @@ func (s *Server) Reset() {
 	s.release()
 	s.session.Store(nil)
 	s.locks.restart()
+	s.turns.restart()
 	s.gate.Open()
 }
 
