@@ -71,8 +71,7 @@ func TestVolumeHangs(t *testing.T) {
 	results := make(chan result)
 	hang := func() {
 		t.Helper()
-		// What the host has cached does not hang. Not os.Open: it polls, which asks the
-		// volume, and is not for this process to wait for.
+		// What the host has cached does not hang. Not os.Open: see mountShare.
 		fd, err := unix.Open(volume+"/file", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		must(t, err)
 		must(t, unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED))
