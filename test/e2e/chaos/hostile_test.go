@@ -178,7 +178,7 @@ func tail(log []byte) string {
 // What a sandbox may cost the host however hostile its guest is. Of memory there is the guest's besides, which is the default.
 const (
 	usualDescriptors = 200
-	mostThreads      = 128
+	mostThreads      = 192 // 64 that serve files, as many for what needs a umask or a path, and the rest
 	mostLines        = 500 // of the log, the shim's burst: pkg/shim/logging.go
 	shimKiB          = 64 << 10
 	machineKiB       = (512 + 64) << 10
