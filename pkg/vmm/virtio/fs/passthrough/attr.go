@@ -36,19 +36,19 @@ func (t *deviceTable) mix(key inodeKey) uint64 {
 	return key.ino ^ number<<48
 }
 
-// guestIno is the inode number the guest is told.
-func (s *Server) guestIno(n *inode) uint64 {
+// guestIno is the inode number the guest is told of n, which st describes.
+func (s *Server) guestIno(n *inode, st *unix.Statx_t) uint64 {
 	if n.foreign {
-		return s.devices.mix(n.key)
+		return s.devices.mix(keyOf(st))
 	}
-	return n.key.ino
+	return st.Ino
 }
 
 func guestTime(t unix.StatxTimestamp) fuse.Time { return fuse.Time{Sec: uint64(t.Sec), Nsec: t.Nsec} }
 
 func (s *Server) attrOf(n *inode, st *unix.Statx_t) fuse.Attr {
 	return fuse.Attr{
-		Ino: s.guestIno(n), Size: st.Size, Blocks: st.Blocks,
+		Ino: s.guestIno(n, st), Size: st.Size, Blocks: st.Blocks,
 		Atime: guestTime(st.Atime), Mtime: guestTime(st.Mtime), Ctime: guestTime(st.Ctime),
 		Mode: uint32(st.Mode), Nlink: st.Nlink, UID: st.Uid, GID: st.Gid,
 		Rdev: fuse.EncodeDev(st.Rdev_major, st.Rdev_minor), Blksize: st.Blksize,
@@ -115,7 +115,7 @@ func (s *Server) statx(r *request) unix.Errno {
 		Valid: s.attrTimeout,
 		Mask:  st.Mask & (unix.STATX_BASIC_STATS | unix.STATX_BTIME), Blksize: st.Blksize,
 		Nlink: st.Nlink, UID: st.Uid, GID: st.Gid, Mode: st.Mode,
-		Ino: s.guestIno(n), Size: st.Size, Blocks: st.Blocks,
+		Ino: s.guestIno(n, &st), Size: st.Size, Blocks: st.Blocks,
 		Atime: guestTime(st.Atime), Btime: guestTime(st.Btime), Ctime: guestTime(st.Ctime), Mtime: guestTime(st.Mtime),
 		RdevMajor: st.Rdev_major, RdevMinor: st.Rdev_minor,
 	}

@@ -103,7 +103,7 @@ func (t *inodeTable) reopenOnce(n *inode) unix.Errno {
 	for i := len(steps) - 1; i >= 0; i-- {
 		fd, errno := t.openChild(at.fd, steps[i].name)
 		if errno == 0 {
-			errno = t.install(steps[i].node, fd)
+			errno = t.install(steps[i], at, fd)
 		}
 		t.put(at)
 		if errno != 0 {
@@ -114,13 +114,18 @@ func (t *inodeTable) reopenOnce(n *inode) unix.Errno {
 	return 0
 }
 
-// install gives n the descriptor fd, if that is n, and pins it.
-func (t *inodeTable) install(n *inode, fd int) unix.Errno {
+// install gives the step's node the descriptor fd, which was opened by its name in dir,
+// if it is that node, and pins it.
+func (t *inodeTable) install(step step, dir *inode, fd int) unix.Errno {
+	n := step.node
 	var st unix.Statx_t
 	errno := statFD(fd, &st)
 	overlay := errno == 0 && startsOverlay(fd, &st)
 	t.mu.Lock()
 	defer t.unlock()
+	if errno == 0 && t.dirs[place{dir, step.name}] == n {
+		t.renumber(n, &st)
+	}
 	if errno == 0 && (keyOf(&st) != n.key || uint32(st.Mode)&unix.S_IFMT != n.kind || !sameBirth(birthOf(&st), n.birth)) {
 		errno = unix.ESTALE
 	}

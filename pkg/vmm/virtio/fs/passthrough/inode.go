@@ -23,8 +23,9 @@ func keyOf(st *unix.Statx_t) inodeKey {
 // closed, and made again from the node's parent and name when it is needed; the
 // node must then be the same by key, type and time of birth. On overlayfs the time
 // of birth does not count: what is copied up, itself or on the way to what is below
-// it, gets that of the copy. Would it be another node, the guest's kernel would unmount
-// all that is mounted below.
+// it, gets that of the copy. Nor does the number of a directory on an overlayfs that
+// gives none that last: that is the same if it is where it was. Would it be another
+// node, the guest's kernel would unmount all that is mounted below.
 //
 // A descriptor also keeps the host from unmounting what it is on. Mounts in the
 // share itself are made for the guest, and who makes them knows. Below these
@@ -33,17 +34,17 @@ func keyOf(st *unix.Statx_t) inodeKey {
 // request needs it, or an open file in the guest does.
 type inode struct {
 	id      uint64
-	key     inodeKey
-	kind    uint32 // type, S_IFMT
-	foreign bool   // not a directory, and on another device than its directory
+	key     inodeKey // ino changes, protected by inodeTable.mu: see renumber
+	kind    uint32   // type, S_IFMT
+	foreign bool     // not a directory, and on another device than its directory
 
 	// What follows is protected by inodeTable.mu.
 
-	birth    int64  // time of birth in nanoseconds, 0 where it does not count or the host has none
-	overlay  bool   // on overlayfs
-	lookups  uint64 // what the guest must FORGET
-	children int    // nodes whose parent this is
-	removed  bool   // no longer in the table: it has neither lookups nor children
+	birth    int64    // time of birth in nanoseconds, 0 where it does not count or the host has none
+	overlay  *overlay // that it is on, or nil
+	lookups  uint64   // what the guest must FORGET
+	children int      // nodes whose parent this is
+	removed  bool     // no longer in the table: it has neither lookups nor children
 
 	parent *inode // nil for the root, and where no name is known
 	name   string // in parent
@@ -54,6 +55,22 @@ type inode struct {
 	prev, next *inode // in inodeTable.idle, while fd is open and pins is 0
 }
 
+// overlay is an overlayfs in the share.
+type overlay struct {
+	// restless says that the host gives a directory another inode number each time that
+	// it comes back into its memory, because the layers are on several file systems. It
+	// shows in that other files are not on the device of the directories: see "Inode
+	// properties" in the kernel's Documentation/filesystems/overlayfs.rst. It is
+	// protected by inodeTable.mu.
+	restless bool
+}
+
+// place is a name in a directory.
+type place struct {
+	dir  *inode
+	name string
+}
+
 // inodeTable holds the nodes. Its methods may be called concurrently. Those
 // that return an inode pin it: its descriptor stays open until put.
 type inodeTable struct {
@@ -62,6 +79,7 @@ type inodeTable struct {
 	mu     sync.Mutex // protects what follows, and the inodes' fields
 	byID   map[uint64]*inode
 	byKey  map[inodeKey]*inode
+	dirs   map[place]*inode // directories on overlayfs, but for those where one starts
 	lastID uint64
 	root   *inode
 	idle   inode // list head: descriptors nobody uses, most recently used first
@@ -77,7 +95,8 @@ func newInodeTable(rootFD int, maxInodes, maxOpen int) (*inodeTable, unix.Errno)
 	if errno := statFD(rootFD, &st); errno != 0 {
 		return nil, errno
 	}
-	root := &inode{id: fuse.RootID, key: keyOf(&st), kind: unix.S_IFDIR, overlay: onOverlay(rootFD), fd: rootFD, pins: 1}
+	root := &inode{id: fuse.RootID, key: keyOf(&st), kind: unix.S_IFDIR, fd: rootFD, pins: 1}
+	root.born(0, onOverlay(rootFD))
 	t := &inodeTable{maxInodes: maxInodes, maxOpen: maxOpen, root: root}
 	t.init()
 	return t, 0
@@ -86,6 +105,7 @@ func newInodeTable(rootFD int, maxInodes, maxOpen int) (*inodeTable, unix.Errno)
 func (t *inodeTable) init() {
 	t.byID = map[uint64]*inode{fuse.RootID: t.root}
 	t.byKey = map[inodeKey]*inode{t.root.key: t.root}
+	t.dirs = map[place]*inode{}
 	t.lastID = max(t.lastID, fuse.RootID)
 	t.idle.prev, t.idle.next = &t.idle, &t.idle
 	t.open = 1
@@ -171,7 +191,7 @@ func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*in
 	overlay := fd >= 0 && startsOverlay(fd, st)
 	t.mu.Lock()
 	defer t.unlock()
-	n := t.byKey[key]
+	n := t.known(st, dir, name)
 	if n != nil && n.fd < 0 && (n.kind != kind || !sameBirth(n.birth, birth)) {
 		// Another file with the number of one that is gone.
 		t.kill(n)
@@ -187,7 +207,10 @@ func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*in
 		t.lastID++
 		n = &inode{id: t.lastID, key: key, kind: kind, fd: -1}
 		n.foreign = kind != unix.S_IFDIR && dir != nil && dir.key.dev != key.dev
-		n.overlay = dir != nil && dir.overlay && dir.key.mnt == key.mnt
+		if dir != nil && dir.overlay != nil && dir.key.mnt == key.mnt {
+			n.overlay = dir.overlay
+			n.overlay.restless = n.overlay.restless || n.foreign
+		}
 		t.byID[n.id] = n
 		t.byKey[key] = n
 	}
@@ -203,7 +226,7 @@ func (t *inodeTable) add(fd int, st *unix.Statx_t, dir *inode, name string) (*in
 func (t *inodeTable) again(st *unix.Statx_t, dir *inode, name string) *inode {
 	t.mu.Lock()
 	defer t.unlock()
-	n := t.byKey[keyOf(st)]
+	n := t.known(st, dir, name)
 	if n == nil || n.fd < 0 && (n.kind != uint32(st.Mode)&unix.S_IFMT || !sameBirth(n.birth, birthOf(st))) {
 		return nil
 	}
@@ -212,11 +235,50 @@ func (t *inodeTable) again(st *unix.Statx_t, dir *inode, name string) *inode {
 	return n
 }
 
+// known returns the node that st, of the host, describes by its key, or by its place
+// name in dir where its number does not last, or nil. mu is held.
+func (t *inodeTable) known(st *unix.Statx_t, dir *inode, name string) *inode {
+	if n := t.byKey[keyOf(st)]; n != nil {
+		return n
+	}
+	n := t.dirs[place{dir, name}]
+	if n == nil || !t.renumber(n, st) {
+		return nil
+	}
+	return n
+}
+
+// renumber gives n, if it is a directory whose number does not last, the number of st,
+// which describes what is in n's place. mu is held.
+func (t *inodeTable) renumber(n *inode, st *unix.Statx_t) bool {
+	key := keyOf(st)
+	if n.kind != unix.S_IFDIR || uint32(st.Mode)&unix.S_IFMT != unix.S_IFDIR || n.overlay == nil || !n.overlay.restless ||
+		n.fd >= 0 || // so the host has it in memory, with its number
+		n.key.mnt != key.mnt || n.key.dev != key.dev || t.byKey[key] != nil {
+		return false
+	}
+	if t.byKey[n.key] == n {
+		delete(t.byKey, n.key)
+	}
+	n.key.ino = key.ino
+	t.byKey[key] = n
+	return true
+}
+
+// onOverlay says whether n is on an overlayfs.
+func (t *inodeTable) onOverlay(n *inode) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return n.overlay != nil
+}
+
 // born records when n was born, if that counts, which it does not where an overlayfs
 // starts or n is on one anyhow. mu is held.
 func (n *inode) born(birth int64, startsOverlay bool) {
-	n.overlay = n.overlay || startsOverlay
-	if n.birth = birth; n.overlay {
+	if startsOverlay && n.overlay == nil {
+		n.overlay = &overlay{}
+	}
+	if n.birth = birth; n.overlay != nil {
 		n.birth = 0
 	}
 }
@@ -305,7 +367,7 @@ func (t *inodeTable) collect(n *inode) {
 			t.take(n)
 		}
 		parent := n.parent
-		n.parent, n.name = nil, ""
+		t.setPlace(n, nil, "")
 		if parent != nil {
 			parent.children--
 		}
@@ -320,7 +382,7 @@ func (t *inodeTable) kill(n *inode) {
 		delete(t.byKey, n.key)
 	}
 	parent := n.parent
-	n.parent, n.name = nil, ""
+	t.setPlace(n, nil, "")
 	if parent != nil {
 		parent.children--
 		t.collect(parent)
@@ -341,11 +403,24 @@ func (t *inodeTable) place(n, dir *inode, name string) {
 		}
 	}
 	old := n.parent
-	n.parent, n.name = dir, name
+	t.setPlace(n, dir, name)
 	if old != nil {
 		old.children--
 		t.collect(old)
 	}
+}
+
+// setPlace is place without the counts of children. mu is held.
+func (t *inodeTable) setPlace(n, dir *inode, name string) {
+	if n.kind == unix.S_IFDIR && n.overlay != nil {
+		if old := (place{n.parent, n.name}); t.dirs[old] == n {
+			delete(t.dirs, old)
+		}
+		if dir != nil {
+			t.dirs[place{dir, name}] = n
+		}
+	}
+	n.parent, n.name = dir, name
 }
 
 // maxDepth is how many directories deep a node may be whose descriptor is made
@@ -367,7 +442,7 @@ func (t *inodeTable) mayContain(dir, n *inode) bool {
 		}
 		if p.parent == n {
 			n.children--
-			p.parent, p.name = nil, ""
+			t.setPlace(p, nil, "")
 			return true
 		}
 	}
@@ -388,7 +463,7 @@ func (t *inodeTable) moved(st *unix.Statx_t, dir *inode, name string) {
 // it. It is what name is in dir, which the caller has pinned.
 func (t *inodeTable) find(st *unix.Statx_t, dir *inode, name string) *inode {
 	t.mu.Lock()
-	n := t.byKey[keyOf(st)]
+	n := t.known(st, dir, name)
 	if n == nil {
 		t.unlock()
 		return nil

@@ -72,6 +72,12 @@ func (s *Server) move(r *request, newDirID uint64, flags uint, names []byte) uni
 		return errno
 	}
 	defer s.inodes.put(newDir)
+	if s.inodes.onOverlay(oldDir) {
+		// While it has a descriptor it is found by its number: see overlay.
+		if n := s.known(oldDir, oldName); n != nil {
+			defer s.inodes.put(n)
+		}
+	}
 	replaced := s.known(newDir, newName)
 	if replaced != nil {
 		defer s.inodes.put(replaced)
