@@ -1,34 +1,108 @@
 package passthrough
 
-import "golang.org/x/sys/unix"
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// unusedTime is how long the descriptor of a regular file is kept, or up to twice as
+// long, after its last use. In the guest a lookup and an open are less than that apart.
+const unusedTime = 5 * time.Second
+
+// rest puts n, whose descriptor nobody uses any more, on its list. mu is held.
+func (t *inodeTable) rest(n *inode) {
+	list := &t.idle
+	if n.kind == unix.S_IFREG && n.parent != nil {
+		list = &t.files
+		t.sweepLater()
+	}
+	t.uses++
+	n.used = t.uses
+	n.prev, n.next = list, list.next
+	n.prev.next, n.next.prev = n, n
+}
+
+// sweepLater has sweep called, unless it will be anyhow. mu is held.
+func (t *inodeTable) sweepLater() {
+	if t.sweeper == nil {
+		t.sweeping.Add(1)
+		t.sweeper = time.AfterFunc(unusedTime, t.sweep)
+	}
+}
+
+// sweep closes the descriptors of files that have not been used since it was called
+// before.
+func (t *inodeTable) sweep() {
+	defer t.sweeping.Done()
+	t.mu.Lock()
+	defer t.unlock()
+	for n := t.files.prev; n != &t.files && n.used <= t.swept; n = t.files.prev {
+		t.closeIdle(n)
+	}
+	t.swept = t.uses
+	t.sweeper = nil
+	if t.files.prev != &t.files {
+		t.sweepLater()
+	}
+}
+
+// stopSweeping ends what sweepLater has started. The table has been cleared, and no
+// node is pinned any more.
+func (t *inodeTable) stopSweeping() {
+	t.mu.Lock()
+	if t.sweeper != nil && t.sweeper.Stop() {
+		t.sweeper = nil
+		t.sweeping.Done()
+	}
+	t.mu.Unlock()
+	t.sweeping.Wait()
+}
 
 // trim takes descriptors that nobody uses from their nodes until no more than
 // limit are open. mu is held.
 func (t *inodeTable) trim(limit int) {
-	for t.open > limit && t.idle.prev != &t.idle {
+	for t.open > limit {
 		n := t.victim()
-		t.leaveIdle(n)
-		t.take(n)
-		if n.parent == nil {
-			t.kill(n)
+		if n == nil {
+			return
 		}
+		t.closeIdle(n)
+	}
+}
+
+// closeIdle takes its descriptor, which nobody uses, from n. Without a name, n is no
+// node any more then. mu is held.
+func (t *inodeTable) closeIdle(n *inode) {
+	t.leaveIdle(n)
+	t.take(n)
+	if n.parent == nil {
+		t.kill(n)
 	}
 }
 
 // victim is the node that was used longest ago, preferably one whose descriptor
-// can be made again. mu is held and the list is not empty.
+// can be made again, or nil if all are in use. mu is held.
 func (t *inodeTable) victim() *inode {
-	n := t.idle.prev
+	file, other := t.files.prev, t.idle.prev
+	n := other
 	for range 64 {
 		if n == &t.idle {
 			break
 		}
 		if n.parent != nil {
-			return n
+			other = n
+			break
 		}
 		n = n.prev
 	}
-	return t.idle.prev
+	if file != &t.files && (other == &t.idle || other.parent == nil || file.used < other.used) {
+		return file
+	}
+	if other == &t.idle {
+		return nil
+	}
+	return other
 }
 
 // shrink closes descriptors that nobody uses, because the process has too many.

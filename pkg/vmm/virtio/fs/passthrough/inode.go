@@ -2,6 +2,7 @@ package passthrough
 
 import (
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,6 +27,9 @@ func keyOf(st *unix.Statx_t) inodeKey {
 // it, gets that of the copy. Nor does the number of a directory on an overlayfs that
 // gives none that last: that is the same if it is where it was. Would it be another
 // node, the guest's kernel would unmount all that is mounted below.
+//
+// A descriptor keeps what the host deletes on its disk. That of a regular file is
+// closed some seconds after its last use: see sweep.
 //
 // A descriptor also keeps the host from unmounting what it is on. Mounts in the
 // share itself are made for the guest, and who makes them knows. Below these
@@ -52,7 +56,8 @@ type inode struct {
 
 	fd         int    // O_PATH, -1 while closed
 	pins       int    // users of fd
-	prev, next *inode // in inodeTable.idle, while fd is open and pins is 0
+	used       uint64 // inodeTable.uses at the end of its last use
+	prev, next *inode // in inodeTable.idle or files, while fd is open and pins is 0
 }
 
 // overlay is an overlayfs in the share.
@@ -82,8 +87,15 @@ type inodeTable struct {
 	dirs   map[place]*inode // directories on overlayfs, but for those where one starts
 	lastID uint64
 	root   *inode
-	idle   inode // list head: descriptors nobody uses, most recently used first
-	open   int   // open descriptors
+	idle   inode  // list head: descriptors nobody uses, most recently used first
+	files  inode  // likewise, those of regular files that have a name
+	uses   uint64 // how many have ended
+	open   int    // open descriptors
+	// sweeper runs sweep while there are files. What was used last when it ran before is
+	// swept.
+	sweeper  *time.Timer
+	swept    uint64
+	sweeping sync.WaitGroup // for sweeper
 	// garbage are descriptors that unlock closes: closing the last descriptor of
 	// a deleted file can take the host long.
 	garbage []int
@@ -108,6 +120,7 @@ func (t *inodeTable) init() {
 	t.dirs = map[place]*inode{}
 	t.lastID = max(t.lastID, fuse.RootID)
 	t.idle.prev, t.idle.next = &t.idle, &t.idle
+	t.files.prev, t.files.next = &t.files, &t.files
 	t.open = 1
 	t.root.children = 0
 }
@@ -329,8 +342,7 @@ func (t *inodeTable) put(n *inode) {
 	case n.removed, n.brief && n.parent != nil:
 		t.take(n)
 	default:
-		n.prev, n.next = &t.idle, t.idle.next
-		n.prev.next, n.next.prev = n, n
+		t.rest(n)
 		t.trim(t.maxOpen)
 	}
 }

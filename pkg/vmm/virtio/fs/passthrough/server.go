@@ -222,6 +222,7 @@ func (s *Server) Reset() {
 	s.Cancel()
 	s.locks.waiting.Wait()
 	s.release()
+	s.inodes.stopSweeping()
 	s.session.Store(nil)
 	s.locks.restart()
 	s.turns.restart()
