@@ -164,6 +164,7 @@ func (s *Server) setAttributes(r *request, n *inode, in *fuse.SetattrIn) (errno 
 	if errno := statFD(n.fd, &st); errno != 0 {
 		return errno
 	}
+	s.inodes.copiedUp(n, &st)
 	out := fuse.AttrOut{Valid: s.attrTimeout, Attr: s.attrOf(n, &st)}
 	r.reply = out.Append(r.reply)
 	return 0

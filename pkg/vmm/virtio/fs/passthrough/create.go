@@ -246,6 +246,7 @@ func (s *Server) link(r *request) unix.Errno {
 	if errno := statFD(n.fd, &st); errno != 0 {
 		return errno
 	}
+	s.inodes.copiedUp(n, &st)
 	// The table finds n by what st says, and learns its new name.
 	n, errno = s.inodes.add(-1, &st, dir, name)
 	if errno != 0 {

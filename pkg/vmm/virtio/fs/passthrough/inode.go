@@ -38,7 +38,7 @@ func keyOf(st *unix.Statx_t) inodeKey {
 // request needs it, or an open file in the guest does.
 type inode struct {
 	id      uint64
-	key     inodeKey // ino changes, protected by inodeTable.mu: see renumber
+	key     inodeKey // changes, protected by inodeTable.mu; but mnt and a directory's dev do not
 	kind    uint32   // type, S_IFMT
 	foreign bool     // not a directory, and on another device than its directory
 
@@ -270,12 +270,33 @@ func (t *inodeTable) renumber(n *inode, st *unix.Statx_t) bool {
 		n.key.mnt != key.mnt || n.key.dev != key.dev || t.byKey[key] != nil {
 		return false
 	}
+	t.setKey(n, key)
+	return true
+}
+
+// setKey changes the number of n, and the device if that differs. mu is held.
+func (t *inodeTable) setKey(n *inode, key inodeKey) {
 	if t.byKey[n.key] == n {
 		delete(t.byKey, n.key)
 	}
 	n.key.ino = key.ino
-	t.byKey[key] = n
-	return true
+	if n.key.dev != key.dev {
+		n.key.dev = key.dev
+	}
+	if t.byKey[key] == nil {
+		t.byKey[key] = n
+	}
+}
+
+// copiedUp records that n, which the caller has pinned, is what st says now, after
+// something that makes overlayfs copy a file up. Where the lower file has several names,
+// or cannot be told again, the copy is another one.
+func (t *inodeTable) copiedUp(n *inode, st *unix.Statx_t) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if key := keyOf(st); n.overlay != nil && !n.removed && n.key != key && n.key.mnt == key.mnt {
+		t.setKey(n, key)
+	}
 }
 
 // onOverlay says whether n is on an overlayfs.
@@ -416,6 +437,12 @@ func (t *inodeTable) place(n, dir *inode, name string) {
 	}
 	old := n.parent
 	t.setPlace(n, dir, name)
+	if n.overlay != nil && n.kind != unix.S_IFDIR && dir != nil && n.fd >= 0 && n.pins == 0 {
+		// A file of the image can have several names. If it is changed, overlayfs makes
+		// another one of that by which it was opened: it shall be the last.
+		t.leaveIdle(n)
+		t.take(n)
+	}
 	if old != nil {
 		old.children--
 		t.collect(old)

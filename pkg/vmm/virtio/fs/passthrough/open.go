@@ -66,7 +66,22 @@ func (s *Server) openNode(n *inode, guestFlags, fuseFlags uint32) (*handle, unix
 	if errno != 0 {
 		return nil, errno
 	}
+	if writable(guestFlags) || flags&unix.O_TRUNC != 0 {
+		s.copiedUp(n)
+	}
 	return h, 0
+}
+
+// copiedUp is to follow what may have changed n, which is pinned, if it was not open for
+// writing.
+func (s *Server) copiedUp(n *inode) {
+	if !s.inodes.onOverlay(n) {
+		return
+	}
+	var st unix.Statx_t
+	if statFD(n.fd, &st) == 0 {
+		s.inodes.copiedUp(n, &st)
+	}
 }
 
 func (s *Server) open(r *request) unix.Errno {

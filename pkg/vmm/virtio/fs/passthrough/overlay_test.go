@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/microvm-runtime/microvm/pkg/vmm/virtio/fs/fuse"
 )
 
 // overlayShare serves a directory in which rootfs is an overlay: dir has its directories
@@ -147,5 +149,106 @@ func TestReplacedInOverlay(t *testing.T) {
 	must(t, os.Mkdir(s.path("rootfs/data"), 0o755))
 	if now := s.mustLookup(t, rootfs, "data").NodeID; now == before {
 		t.Errorf("it is node %d as before", now)
+	}
+}
+
+// TestCopiedUpLink changes a file of an image that has two names there. On overlayfs it
+// is another file from then on, with one of the names; in the guest it stays the node
+// that it is, of which others may have it open.
+func TestCopiedUpLink(t *testing.T) {
+	for name, change := range map[string]func(t *testing.T, s *share, rootfs, node uint64){
+		"OPEN": func(t *testing.T, s *share, _, node uint64) {
+			fh, errno := s.Open(node, unix.O_RDWR)
+			must(t, errno)
+			_, errno = s.Write(node, fh, 0, []byte("new"))
+			must(t, errno)
+		},
+		"OPEN with O_TRUNC": func(t *testing.T, s *share, _, node uint64) {
+			_, errno := s.Open(node, unix.O_TRUNC)
+			must(t, errno)
+		},
+		"SETATTR": func(t *testing.T, s *share, _, node uint64) {
+			a, errno := s.Setattr(node, fuse.SetattrIn{Valid: fuse.FattrMode, Mode: 0o600})
+			must(t, errno)
+			if want := number(t, s.path("rootfs/db")); a.Ino != want {
+				t.Errorf("SETATTR tells of inode %d, it is %d", a.Ino, want)
+			}
+		},
+		"SETXATTR": func(t *testing.T, s *share, _, node uint64) {
+			must(t, s.Setxattr(node, "trusted.x", []byte("v"), 0, 0))
+		},
+		"LINK": func(t *testing.T, s *share, rootfs, node uint64) {
+			e, errno := s.Link(node, rootfs, "third")
+			must(t, errno)
+			if e.NodeID != node {
+				t.Errorf("its new name is node %d", e.NodeID)
+			}
+		},
+		"RENAME": func(t *testing.T, s *share, rootfs, node uint64) {
+			must(t, s.Rename(rootfs, "db", rootfs, "db.new"))
+			if now := s.mustLookup(t, rootfs, "db.new").NodeID; now != node {
+				t.Errorf("with its new name it is node %d", now)
+			}
+			must(t, s.Rename(rootfs, "db.new", rootfs, "db"))
+		},
+		"RENAME2 with RENAME_EXCHANGE": func(t *testing.T, s *share, rootfs, node uint64) {
+			must(t, s.Rename2(rootfs, "file", rootfs, "db", unix.RENAME_EXCHANGE))
+			if now := s.mustLookup(t, rootfs, "file").NodeID; now != node {
+				t.Errorf("with its new name it is node %d", now)
+			}
+			must(t, s.Rename2(rootfs, "file", rootfs, "db", unix.RENAME_EXCHANGE))
+		},
+	} {
+		for _, first := range []string{"db", "db.orig"} {
+			t.Run(name+", found first as "+first, func(t *testing.T) {
+				s := overlayShare(t, false, func(dir string) {
+					writeFile(t, dir+"/db", "old")
+					writeFile(t, dir+"/file", "")
+					must(t, os.Link(dir+"/db", dir+"/db.orig"))
+				})
+				rootfs := s.mustLookup(t, root, "rootfs").NodeID
+				orig := s.mustLookup(t, rootfs, first).NodeID
+				// What is changed is what the guest has found last.
+				node := s.mustLookup(t, rootfs, "db").NodeID
+				if node != orig {
+					t.Fatalf("its names are nodes %d and %d", node, orig)
+				}
+				before := number(t, s.path("rootfs/db"))
+				change(t, s, rootfs, node)
+				if number(t, s.path("rootfs/db")) == before {
+					t.Error("it has its inode number as before")
+				}
+				if now := number(t, s.path("rootfs/db.orig")); now != before {
+					t.Errorf("its other name has inode number %d, had %d", now, before)
+				}
+				if now := s.mustLookup(t, rootfs, "db").NodeID; now != node {
+					t.Errorf("it was node %d, and is %d", node, now)
+				}
+				if now := s.mustLookup(t, rootfs, "db.orig").NodeID; now == node {
+					t.Error("its other name, on the host of another file, is still its own")
+				}
+			})
+		}
+	}
+}
+
+// Of a file with two names that the guest knows as one node, it removes one and changes
+// the other.
+func TestRemovedLink(t *testing.T) {
+	s := overlayShare(t, false, func(dir string) {
+		writeFile(t, dir+"/db", "old")
+		must(t, os.Link(dir+"/db", dir+"/db.orig"))
+	})
+	rootfs := s.mustLookup(t, root, "rootfs").NodeID
+	s.mustLookup(t, rootfs, "db")
+	s.mustLookup(t, rootfs, "db.orig")
+	must(t, s.Unlink(rootfs, "db"))
+	node := s.mustLookup(t, rootfs, "db.orig").NodeID
+	fh, errno := s.Open(node, unix.O_RDWR)
+	must(t, errno)
+	_, errno = s.Write(node, fh, 0, []byte("new"))
+	must(t, errno)
+	if got, err := os.ReadFile(s.path("rootfs/db.orig")); err != nil || string(got) != "new" {
+		t.Errorf("on the host it is %q, %v", got, err)
 	}
 }

@@ -72,10 +72,11 @@ func (s *Server) move(r *request, newDirID uint64, flags uint, names []byte) uni
 		return errno
 	}
 	defer s.inodes.put(newDir)
+	var moved *inode
 	if s.inodes.onOverlay(oldDir) {
 		// While it has a descriptor it is found by its number: see overlay.
-		if n := s.known(oldDir, oldName); n != nil {
-			defer s.inodes.put(n)
+		if moved = s.known(oldDir, oldName); moved != nil {
+			defer s.inodes.put(moved)
 		}
 	}
 	replaced := s.known(newDir, newName)
@@ -86,7 +87,11 @@ func (s *Server) move(r *request, newDirID uint64, flags uint, names []byte) uni
 	if _, errno := s.orAsOther(r, newDir, 0, retry(rename), rename); errno != 0 {
 		return errno
 	}
+	if moved != nil {
+		s.copiedUp(moved)
+	}
 	if replaced != nil {
+		s.copiedUp(replaced)
 		s.inodes.unplaced(replaced, newDir, newName)
 	}
 	s.placeAgain(newDir, newName)

@@ -50,6 +50,18 @@ func (s *Server) xattr(nodeID uint64, f func(path string) error) (errno unix.Err
 	return errno
 }
 
+// changeXattr is xattr for an f that changes the node.
+func (s *Server) changeXattr(nodeID uint64, f func(path string) error) unix.Errno {
+	n, errno := s.inodes.get(nodeID)
+	if errno != 0 {
+		return errno
+	}
+	defer s.inodes.put(n)
+	errno = s.xattr(nodeID, f)
+	s.copiedUp(n)
+	return errno
+}
+
 func (s *Server) setxattr(r *request) unix.Errno {
 	size, ext := fuse.SetxattrInShortSize, r.features&fuse.SetxattrExt != 0
 	if ext {
@@ -66,7 +78,7 @@ func (s *Server) setxattr(r *request) unix.Errno {
 	if int(in.Size) != len(value) || in.Flags&^(unix.XATTR_CREATE|unix.XATTR_REPLACE) != 0 {
 		return unix.EINVAL
 	}
-	errno = s.xattr(r.NodeID, func(path string) error { return unix.Setxattr(path, name, value, int(in.Flags)) })
+	errno = s.changeXattr(r.NodeID, func(path string) error { return unix.Setxattr(path, name, value, int(in.Flags)) })
 	if errno == 0 && name == aclAccess && in.SetxattrFlags&fuse.SetxattrACLKillSgid != 0 {
 		// The host would have cleared it for the caller, but not for us.
 		return s.killSgid(r.NodeID)
@@ -95,7 +107,7 @@ func (s *Server) removexattr(r *request) unix.Errno {
 	if len(rest) != 0 {
 		return unix.EINVAL
 	}
-	return s.xattr(r.NodeID, func(path string) error { return unix.Removexattr(path, name) })
+	return s.changeXattr(r.NodeID, func(path string) error { return unix.Removexattr(path, name) })
 }
 
 func (s *Server) getxattr(r *request) unix.Errno {
