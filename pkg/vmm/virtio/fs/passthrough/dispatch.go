@@ -106,9 +106,8 @@ func (s *Server) Handle(ticket uint64, readable, writable [][]byte, later func(w
 			later(written)
 			done = false
 		}
-		nextLater := next.later
-		if written, done := s.serve(next); done {
-			nextLater(written)
+		if errno := s.dispatch(next); errno != pending {
+			s.complete(next, errno)
 		}
 	}
 	return written, done

@@ -280,6 +280,7 @@ func (t *inodeTable) setKey(n *inode, key inodeKey) {
 		delete(t.byKey, n.key)
 	}
 	n.key.ino = key.ino
+	// A directory's is read without the lock, and is not even written as it is.
 	if n.key.dev != key.dev {
 		n.key.dev = key.dev
 	}

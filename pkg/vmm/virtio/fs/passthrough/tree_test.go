@@ -354,14 +354,12 @@ func TestDescriptorsComeBack(t *testing.T) {
 func TestCopyUp(t *testing.T) {
 	for _, list := range []bool{false, true} {
 		t.Run(fmt.Sprintf("listed first %v", list), func(t *testing.T) {
-			dir := tempDir(t)
-			for _, d := range []string{"lower/run", "lower/var/lib/data", "upper", "work", "share/rootfs"} {
-				must(t, os.MkdirAll(filepath.Join(dir, d), 0o755))
-			}
-			writeFile(t, dir+"/lower/var/lib/file", "1")
-			must(t, unix.Mount("overlay", dir+"/share/rootfs", "overlay", 0, fmt.Sprintf("lowerdir=%[1]s/lower,upperdir=%[1]s/upper,workdir=%[1]s/work", dir)))
-			t.Cleanup(func() { must(t, unix.Unmount(dir+"/share/rootfs", unix.MNT_DETACH)) })
-			s := newShareOf(t, dir+"/share", few)
+			s := overlayShare(t, false, func(dir string) {
+				for _, d := range []string{"run", "var/lib/data"} {
+					must(t, os.MkdirAll(filepath.Join(dir, d), 0o755))
+				}
+				writeFile(t, dir+"/var/lib/file", "1")
+			}, few)
 			if list {
 				_, errno := s.List(root, true)
 				must(t, errno)

@@ -36,7 +36,7 @@ type turn struct {
 // turnOf says whose turn r is to wait for, if for any: what is about no node, or one
 // the guest does not know, does not wait for the host.
 func (s *Server) turnOf(r *request) (key turnKey, counts bool) {
-	if r.operation().flags&noReply != 0 {
+	if r.silent {
 		return key, false
 	}
 	s.inodes.mu.Lock()

@@ -39,12 +39,17 @@ func xattrName(p []byte) (name string, rest []byte, errno unix.Errno) {
 }
 
 // xattr calls f with a path of the node.
-func (s *Server) xattr(nodeID uint64, f func(path string) error) (errno unix.Errno) {
+func (s *Server) xattr(nodeID uint64, f func(path string) error) unix.Errno {
 	n, errno := s.inodes.get(nodeID)
 	if errno != 0 {
 		return errno
 	}
 	defer s.inodes.put(n)
+	return s.xattrOf(n, f)
+}
+
+// xattrOf is xattr for a node that the caller has pinned.
+func (s *Server) xattrOf(n *inode, f func(path string) error) (errno unix.Errno) {
 	path := strconv.Itoa(n.fd) // in /proc/self/fd, the thread's directory
 	s.threads.do(func(*thread) { errno = retry(func() error { return f(path) }) })
 	return errno
@@ -57,7 +62,7 @@ func (s *Server) changeXattr(nodeID uint64, f func(path string) error) unix.Errn
 		return errno
 	}
 	defer s.inodes.put(n)
-	errno = s.xattr(nodeID, f)
+	errno = s.xattrOf(n, f)
 	s.copiedUp(n)
 	return errno
 }
