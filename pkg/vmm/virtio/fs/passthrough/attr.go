@@ -158,6 +158,7 @@ func (s *Server) setAttributes(r *request, n *inode, in *fuse.SetattrIn) (errno 
 		errno = setTimes(n, in)
 	}
 	if errno != 0 {
+		s.copiedUp(n) // as far as it has come
 		return errno
 	}
 	var st unix.Statx_t

@@ -174,6 +174,10 @@ func TestCopiedUpLink(t *testing.T) {
 				t.Errorf("SETATTR tells of inode %d, it is %d", a.Ino, want)
 			}
 		},
+		"SETATTR of which only a part can be done": func(t *testing.T, s *share, _, node uint64) {
+			_, errno := s.Setattr(node, fuse.SetattrIn{Valid: fuse.FattrUID | fuse.FattrSize, UID: 7, Size: 1 << 63})
+			want(t, "negative size", errno, unix.EINVAL)
+		},
 		"SETXATTR": func(t *testing.T, s *share, _, node uint64) {
 			must(t, s.Setxattr(node, "trusted.x", []byte("v"), 0, 0))
 		},
