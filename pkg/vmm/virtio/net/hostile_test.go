@@ -351,8 +351,9 @@ func FuzzDevice(f *testing.F) {
 				if posted++; posted < 50 {
 					g.Send(0, nil, []int{piece, n - piece})
 				}
-			case 2:
-				l.trySend(append(make([]byte, hostHeader), ethernet(n, max(n%3000, 14))...))
+			case 2: // the host sends: its header is the script's, too
+				header := append(bytes.Clone(script[4:]), make([]byte, hostHeader)...)[:hostHeader]
+				l.trySend(append(header, ethernet(n, max(n%3000, 14))...))
 			case 3:
 				if features&featureCtrlVQ == 0 {
 					continue

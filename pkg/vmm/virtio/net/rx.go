@@ -155,8 +155,10 @@ func (r *receiver) receiveSome(uintptr) bool {
 			return false
 		case unix.EINTR:
 			continue
-		case unix.EFAULT:
-			r.pair.rx.dropped.Add(1) // the kernel has dropped the frame
+		case unix.EFAULT, unix.EINVAL:
+			// The kernel has dropped the frame: it is too long, or the virtio header
+			// has no words for it.
+			r.pair.rx.dropped.Add(1)
 			r.device.rxGate.Charge(1, 0)
 		default:
 			r.err = err
