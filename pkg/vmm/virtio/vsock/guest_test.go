@@ -243,7 +243,8 @@ func (g *guest) send(h header, payload []byte) {
 	g.sendRaw(raw[:], payload)
 }
 
-// hold keeps rx buffers from the device, once it has used those it has.
+// hold keeps rx buffers from the device, once it has used those it has. Those
+// of packets that have had an effect on the test before still go back to it.
 func (g *guest) hold() {
 	g.mu.Lock()
 	g.holding = true
@@ -286,10 +287,14 @@ func (g *guest) receive() {
 			if written != headerSize+int(h.length) {
 				g.t.Errorf("packet of %d bytes says its payload is %d", written, h.length)
 			}
-			g.dispatch(h, b[headerSize:written])
+			// Decided before the packet has an effect. After it, the test may have
+			// called hold already, and count on a buffer more than there would be.
 			g.mu.Lock()
 			holding := g.holding
-			if holding {
+			g.mu.Unlock()
+			g.dispatch(h, b[headerSize:written])
+			g.mu.Lock()
+			if holding = holding && g.holding; holding {
 				g.held = append(g.held, head)
 				g.changed.Broadcast()
 			}
