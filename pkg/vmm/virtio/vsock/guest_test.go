@@ -272,6 +272,18 @@ func (g *guest) heldBuffers(n int) {
 	}
 }
 
+// starve leaves the device without rx buffers: packets that are for no
+// connection make it use those it has, and they are held.
+func (g *guest) starve() {
+	g.t.Helper()
+	g.hold()
+	for range dataQueueSize {
+		g.send(header{srcCID: testCID, dstCID: hostCID, kind: typeStream, op: opRW}, nil)
+		g.packet()
+	}
+	g.heldBuffers(dataQueueSize)
+}
+
 // receive is the driver's rx worker.
 func (g *guest) receive() {
 	for {

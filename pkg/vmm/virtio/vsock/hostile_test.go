@@ -153,11 +153,7 @@ func TestBadAnswers(t *testing.T) {
 	for _, op := range []uint16{0, opRequest, opRW, opShutdown, 99} {
 		t.Run(fmt.Sprint(op), func(t *testing.T) {
 			g := newGuest(t, Config{})
-			g.hold()
-			for range dataQueueSize { // so that the guest model does not answer
-				g.send(header{srcCID: testCID, dstCID: hostCID, kind: typeStream, op: opRW}, nil)
-				g.packet()
-			}
+			g.starve() // so that the guest model does not answer
 			failed := make(chan error)
 			go func() {
 				_, err := g.device.Dial(t.Context(), 5)
@@ -321,13 +317,8 @@ func TestRXStarved(t *testing.T) {
 	accept, accepted := listenHost(t)
 	g := newGuest(t, Config{Accept: accept})
 	host, s := connect(t, g, 1024, 1, accepted)
-	g.hold()
+	g.starve()
 	stray := header{srcCID: testCID, dstCID: hostCID, srcPort: 9, dstPort: 9, kind: typeStream, op: opRW}
-	for range dataQueueSize {
-		g.send(stray, nil)
-		g.packet()
-	}
-	g.heldBuffers(dataQueueSize)
 	for range 2 * maxResets {
 		g.send(stray, nil)
 	}
@@ -354,12 +345,8 @@ func TestRXStarved(t *testing.T) {
 func TestRXStarvedChurn(t *testing.T) {
 	accept, accepted := listenHost(t)
 	g := newGuest(t, Config{Accept: accept, MaxConnections: 4})
-	g.hold()
-	h := header{srcCID: testCID, dstCID: hostCID, srcPort: 9, dstPort: 1024, kind: typeStream, op: opRW}
-	for range dataQueueSize {
-		g.send(h, nil)
-		g.packet()
-	}
+	g.starve()
+	h := header{srcCID: testCID, dstCID: hostCID, srcPort: 9, dstPort: 1024, kind: typeStream}
 	for range 200 {
 		h.op = opRequest
 		g.send(h, nil)
